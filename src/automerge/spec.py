@@ -1,0 +1,439 @@
+"""The spec: what a user writes, and the contract of the whole product.
+
+A spec names the model, the sources and their base, the tasks that measure them, and how to search, merge, check and
+register. This module checks *form* only; the names of plug-ins (techniques, task kinds, model kinds, registries) are
+resolved by the stages, so that a spec can be read where torch is not installed.
+"""
+
+import difflib
+import json
+import os
+import re
+import types
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from automerge.documents import digest_of
+from automerge.errors import SpecError
+from automerge.plugins import nearest
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+Json = Any
+
+
+class SpecModel(BaseModel):
+    """A part of the spec: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ExampleInput(SpecModel):
+    """Shape and dtype of one model input; used to trace the model without data."""
+
+    shape: list[Annotated[int, Field(ge=1)]] = Field(description="Shape with a batch of 1, e.g. [1, 3, 224, 224].")
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"] = "float32"
+
+
+class ModelSpec(SpecModel):
+    """How a checkpoint is made to run."""
+
+    kind: str = Field(description="Model kind: 'factory' (a Python callable), 'transformers', or a plug-in's name.")
+    target: str = Field(
+        description="factory: 'module:callable' that returns a torch.nn.Module; "
+        "transformers: the class, e.g. 'AutoModelForCausalLM'."
+    )
+    arguments: dict[str, Json] = Field(default_factory=dict, description="Keyword arguments of the target.")
+    python_path: list[str] = Field(
+        default_factory=list,
+        description="Folders from which the factory's module may be imported, relative to the spec file. "
+        "Code from these folders is executed: name only folders that you trust.",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="transformers: run Python code that comes with the checkpoint. Off unless you say so."
+    )
+    example: dict[str, ExampleInput] | None = Field(
+        default=None, description="Model inputs by name, for tracing; by default one sample of the first task is used."
+    )
+
+
+class BaseSpec(SpecModel):
+    """The common ancestor of the sources."""
+
+    uri: str = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
+    sha256: str | None = Field(default=None, description="Expected digest of the weights; refused if it differs.")
+
+
+class SourceSpec(SpecModel):
+    """One fine-tuned checkpoint to be merged."""
+
+    name: Name
+    uri: str = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
+    sha256: str | None = Field(default=None, description="Expected digest of the weights; refused if it differs.")
+    arguments: dict[str, Json] = Field(
+        default_factory=dict,
+        description="Arguments of the model's target that differ for this source (e.g. its number of classes).",
+    )
+
+
+class TaskSpec(SpecModel):
+    """One capability to be preserved, and the data that measure it."""
+
+    name: Name
+    kind: str = Field(description="Task kind: 'classification', 'language_modelling', or a plug-in's name.")
+    specialist: str | None = Field(default=None, description="Name of the source that is good at this task.")
+    guard: bool = Field(default=False, description="The reference is the base: a capability that must not be lost.")
+    loss: str = Field(default="cross_entropy", description="The loss the search minimises, by the task kind's names.")
+    metrics: list[str] = Field(
+        default_factory=list, description="Metrics by the task kind's names; empty: the kind's default metrics."
+    )
+    validation: str = Field(description="Data that the search sees: s3://, file:// or a path.")
+    test: str = Field(description="Data that only the evaluation sees: s3://, file:// or a path.")
+    batch_size: int = Field(default=256, ge=1, description="Samples a forward pass.")
+    arguments: dict[str, Json] = Field(default_factory=dict, description="Further arguments of the task kind.")
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if self.guard == (self.specialist is not None):
+            raise ValueError("a task needs exactly one reference: set 'specialist: <source name>' or 'guard: true'")
+        return self
+
+
+class SegmentationSpec(SpecModel):
+    """How the architecture is cut into blocks."""
+
+    granularity: Literal["transition", "layer", "tensor", "whole"] = Field(
+        default="transition", description="transition: by changes of the tensors' layout; whole: one block."
+    )
+
+
+class EarlyStopSpec(SpecModel):
+    """Ends a search whose best objective has stopped rising."""
+
+    patience: int = Field(ge=1, description="Trials without an improvement after which the search ends.")
+    min_improvement: float = Field(default=0.0, ge=0, description="What counts as an improvement of the objective.")
+
+
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class SearchSpec(SpecModel):
+    """The search for the best recipe. A value left out is taken from the preset."""
+
+    preset: Literal["paper", "best"] = Field(
+        default="best",
+        description="paper: the protocol of arXiv 2601.22748 as published; "
+        "best: the same, started also from every unmerged source and their average.",
+    )
+    trials: int = Field(default=200, ge=1, description="Evaluations, the initial ones included.")
+    initial: int = Field(default=20, ge=1, description="Sobol points before the surrogate is used.")
+    techniques: list[str] = Field(
+        default_factory=lambda: ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"],
+        min_length=1,
+        description="Techniques to choose from, for each block.",
+    )
+    weights: Literal["simplex", "independent"] = Field(
+        default="simplex",
+        description="simplex: the sources' weights sum to 1 (w and 1-w for two); "
+        "independent: a weight of its own for each source, unnormalised.",
+    )
+    weight_range: Range = Field(default=[0.0, 1.0], description="Lowest and highest weight.")
+    density_range: Range = Field(default=[0.5, 1.0], description="Lowest and highest density.")
+    objective: Literal["loss_ratio"] = Field(
+        default="loss_ratio", description="loss_ratio: harmonic mean over tasks of L_specialist / L_merged."
+    )
+    epsilon: float | None = Field(
+        default=None,
+        ge=0,
+        description="Added to both losses of a ratio, so that a specialist with almost no loss stays defined; "
+        "by default 0 in preset 'paper', 0.001 otherwise.",
+    )
+    warm_start: bool | None = Field(
+        default=None,
+        description="Also try each unmerged source and their average at the start; "
+        "by default off in preset 'paper', on otherwise.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    early_stop: EarlyStopSpec | None = None
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for key, (low, high) in (("weight_range", self.weight_range), ("density_range", self.density_range)):
+            if not low < high:
+                raise ValueError(f"{key}: the lowest value must be below the highest, got {low} and {high}")
+        if not (0 < self.density_range[0] and self.density_range[1] <= 1):
+            raise ValueError(f"density_range: a density lies above 0 and at most at 1, got {self.density_range}")
+        if self.weights == "simplex" and not (0 <= self.weight_range[0] and self.weight_range[1] <= 1):
+            raise ValueError(f"weight_range: simplex weights lie between 0 and 1, got {self.weight_range}")
+        if len(set(self.techniques)) != len(self.techniques):
+            raise ValueError("techniques: a technique is named twice")
+        return self
+
+    @property
+    def effective_epsilon(self) -> float:
+        """``epsilon``, or the preset's."""
+        return self.epsilon if self.epsilon is not None else (0.0 if self.preset == "paper" else 1e-3)
+
+    @property
+    def effective_warm_start(self) -> bool:
+        """``warm_start``, or the preset's."""
+        return self.warm_start if self.warm_start is not None else self.preset != "paper"
+
+
+class MergeSpec(SpecModel):
+    """How the merged weights are written."""
+
+    dtype: Literal["same", "float32", "float16", "bfloat16"] = Field(
+        default="same", description="dtype of the merged floating-point tensors; same: as the sources."
+    )
+    integer_buffers: Literal["error", "base"] = Field(
+        default="error", description="What to do with integer or boolean buffers that differ between the sources."
+    )
+    max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000_000, description="Largest size of one weight file.")
+
+
+class EvaluationSpec(SpecModel):
+    """How the result is measured."""
+
+    resamples: int = Field(default=2000, ge=100, description="Bootstrap resamples.")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="Level of the intervals.")
+    baselines: bool = Field(default=True, description="Also evaluate every single technique at the paper's defaults.")
+    onnx: bool = Field(default=True, description="Export the merged model to ONNX and check it against torch.")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class RegistrySpec(SpecModel):
+    """Where the merged model is registered."""
+
+    kind: str = Field(default="mlflow", description="Registry kind: 'mlflow', or a plug-in's name.")
+    model: Name | None = Field(default=None, description="Registered model's name; by default the spec's name.")
+    uri: str | None = Field(
+        default=None,
+        description="mlflow: tracking server; by default MLFLOW_TRACKING_URI, else SQLite in the working folder.",
+    )
+
+
+class GateSpec(SpecModel):
+    """What a merged model must keep to be registered."""
+
+    min_worst_pr: float | None = Field(
+        default=None, ge=0, description="Least preservation rate of the worst task, percent, by its interval's lower end."
+    )
+    max_pd: float | None = Field(default=None, ge=0, description="Largest preservation discrepancy, points.")
+
+
+class ComputeSpec(SpecModel):
+    """Where the models run."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch; a search repeats exactly only on the same number."
+    )
+
+
+class Spec(SpecModel):
+    """The whole job."""
+
+    name: Name = Field(description="Name of the merge; also the registered model's name unless 'registry.model' is set.")
+    model: ModelSpec
+    base: BaseSpec | None = Field(
+        default=None, description="The sources' common ancestor; without it the task-vector techniques are left out."
+    )
+    sources: list[SourceSpec] = Field(min_length=2)
+    tasks: list[TaskSpec] = Field(min_length=1)
+    private: list[str] = Field(
+        default_factory=list,
+        description="Glob patterns of tensors that every source keeps for itself, e.g. 'head.*'.",
+    )
+    segmentation: SegmentationSpec = SegmentationSpec()
+    search: SearchSpec = SearchSpec()
+    merge: MergeSpec = MergeSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    registry: RegistrySpec = RegistrySpec()
+    gate: GateSpec = GateSpec()
+    compute: ComputeSpec = ComputeSpec()
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        names = [source.name for source in self.sources]
+        for kind, values in (("sources", names), ("tasks", [task.name for task in self.tasks])):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{kind}: the name {twice[0]!r} is used twice; give each its own")
+        if "base" in names:
+            raise ValueError("sources: 'base' is the ancestor's name; call the source something else")
+        for index, task in enumerate(self.tasks):
+            if task.specialist is not None and task.specialist not in names:
+                raise ValueError(
+                    f"tasks.{index}.specialist: no source is called {task.specialist!r}; {nearest(task.specialist, names)}"
+                )
+            if task.guard and self.base is None:
+                raise ValueError(f"tasks.{index}.guard: a guard task's reference is the base, and the spec names none")
+        return self
+
+    @property
+    def registered_model(self) -> str:
+        """The registered model's name."""
+        return self.registry.model or self.name
+
+    def reference_of(self, task: TaskSpec) -> str:
+        """The checkpoint that a task is measured against: a source's name, or ``base``."""
+        return task.specialist or "base"
+
+    def digest(self) -> str:
+        """sha256 (hex) of the spec's canonical JSON."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+def load_spec(path: Path, environment: Mapping[str, str] | None = None) -> Spec:
+    """Read a YAML or JSON spec from a file; relative paths in it start at the file's folder.
+
+    Raises:
+        SpecError: the file cannot be read or does not say something valid; one sentence for each problem.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise SpecError(f"{path}: cannot be read ({reason})", "pass the path of a spec; `automerge init` writes one") from None
+    return parse_spec(text, folder=path.resolve().parent, where=str(path), environment=environment)
+
+
+def parse_spec(
+    text: str, *, folder: Path | None = None, where: str = "spec", environment: Mapping[str, str] | None = None
+) -> Spec:
+    """Read a spec from YAML or JSON text.
+
+    Args:
+        text: the spec; JSON is YAML too.
+        folder: where relative paths start; None leaves them as they are.
+        where: names the spec in errors.
+        environment: values of ``${NAME}``; by default the process's environment.
+
+    Raises:
+        SpecError: one sentence for each problem, with its path in the spec.
+    """
+    try:
+        value = json.loads(text) if text.lstrip().startswith("{") else yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise SpecError(f"{where}: not valid YAML or JSON: {' '.join(str(error).split())}", "mend the line named") from None
+    if not isinstance(value, dict):
+        raise SpecError(f"{where}: the spec is empty or not a mapping", "start from `automerge init`")
+    value = _substitute(value, os.environ if environment is None else environment, where, "")
+    try:
+        spec = Spec.model_validate(value)
+    except ValidationError as error:
+        raise SpecError("\n".join(_sentence(where, problem) for problem in error.errors())) from None
+    return _anchored(spec, folder) if folder is not None else spec
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the spec, for editors and forms."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key written twice is an error: silently the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET = re.compile(r"(SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_KEY)", re.IGNORECASE)
+
+
+def _substitute(value: Any, environment: Mapping[str, str], where: str, path: str) -> Any:
+    """Replace ``${NAME}`` in every string; refuse secrets, since the spec is logged and registered."""
+    if isinstance(value, dict):
+        return {key: _substitute(item, environment, where, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, environment, where, f"{path}.{index}") for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if _SECRET.search(name):
+            raise SpecError(
+                f"{where}: {path}: ${{{name}}} looks like a secret, and a spec is logged and registered",
+                "leave it in the environment: storage and registries read their credentials there",
+            )
+        if name not in environment:
+            close = difflib.get_close_matches(name, sorted(environment), n=1, cutoff=0.75)
+            remedy = f"did you mean ${{{close[0]}}}?" if close else f"set it, e.g. `export {name}=...`"
+            raise SpecError(f"{where}: {path}: the environment variable {name} is not set", remedy)
+        return environment[name]
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _anchored(spec: Spec, folder: Path) -> Spec:
+    """The spec with every relative path made absolute."""
+
+    def uri(value: str) -> str:
+        return value if "://" in value or Path(value).is_absolute() else str(folder / value)
+
+    return spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"python_path": [uri(item) for item in spec.model.python_path]}),
+            "base": spec.base and spec.base.model_copy(update={"uri": uri(spec.base.uri)}),
+            "sources": [source.model_copy(update={"uri": uri(source.uri)}) for source in spec.sources],
+            "tasks": [
+                task.model_copy(update={"validation": uri(task.validation), "test": uri(task.test)}) for task in spec.tasks
+            ],
+        }
+    )
+
+
+def _sentence(where: str, problem: Any) -> str:
+    """One sentence for one of pydantic's problems, with the nearest valid name where a name is wrong."""
+    location = tuple(problem["loc"])
+    path = ".".join(str(part) for part in location)
+    prefix = f"{where}: {path}: " if path else f"{where}: "
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        valid = _keys_at(location[:-1])
+        return f"{prefix}unknown key; {nearest(str(location[-1]), valid)}"
+    if kind == "missing":
+        return f"{prefix}this key is missing; add it"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{prefix}unknown value {problem['input']!r}; {nearest(str(problem['input']), valid)}"
+    if kind == "value_error":
+        return prefix + str(problem["ctx"]["error"])
+    if kind == "string_pattern_mismatch":
+        return f"{prefix}{problem['input']!r} does not match {problem['ctx']['pattern']}"
+    return f"{prefix}{_lower_first(problem['msg'])}, got {problem['input']!r}"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """The valid keys of the spec's mapping at one place, found by walking the models' annotations."""
+    model: Any = Spec
+    for part in location:
+        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
+            model = _inner_model(model.model_fields[part].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _inner_model(annotation: Any) -> Any:
+    """The pydantic model inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
+    if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
+        for argument in get_args(annotation):
+            found = _inner_model(argument)
+            if isinstance(found, type) and issubclass(found, BaseModel):
+                return found
+    return annotation
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
