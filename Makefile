@@ -1,0 +1,48 @@
+# Everything is installed into .venv; `make clean` removes all that these targets make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-system lint format schemas pipeline clean
+
+help: ## Show this help
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## Set up .venv
+
+demo: $(STAMP) ## Merge two real digit classifiers, from S3 to the registry, and print what was kept
+	@$(BIN)/python examples/digits/demo.py
+
+test: $(STAMP) ## Run the tests (no root, no network)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system'
+
+test-system: $(STAMP) ## Run the tests that need root and Debian packages, which are installed first
+	bash tests/system/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
+
+lint: $(STAMP) ## Linters, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schemas: $(STAMP) ## Write docs/schemas from the models
+	$(BIN)/automerge schema --all docs/schemas
+
+pipeline: $(STAMP) ## Compile pipelines/merge_pipeline.yaml
+	$(BIN)/python -m pipelines.merge_pipeline
+
+clean: ## Remove the environment and everything made here
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info mlflow.db mlartifacts
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

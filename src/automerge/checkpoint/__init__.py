@@ -1,0 +1,25 @@
+"""Weights on disk: open, validate, compare, digest, write."""
+
+from automerge.checkpoint.compatibility import check_compatibility
+from automerge.checkpoint.digest import checkpoint_digest, sha256_file
+from automerge.checkpoint.header import Header, parse_header, read_header
+from automerge.checkpoint.info import TensorInfo, info_of
+from automerge.checkpoint.layout import peek_tensors
+from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.checkpoint.write import MAX_SHARD_BYTES, CheckpointWriter
+
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Header",
+    "TensorInfo",
+    "check_compatibility",
+    "checkpoint_digest",
+    "info_of",
+    "open_checkpoint",
+    "parse_header",
+    "peek_tensors",
+    "read_header",
+    "sha256_file",
+]

@@ -1,0 +1,165 @@
+"""Which files of a folder, local or remote, are the weights of a checkpoint."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal, NoReturn
+
+from automerge.checkpoint.header import decode_object, parse_header
+from automerge.checkpoint.info import TensorInfo
+from automerge.errors import CheckpointError
+
+Kind = Literal["safetensors", "torch"]
+
+#: The names that are written, and the first ones looked for.
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_TORCH_SINGLE_FILE = "pytorch_model.bin"
+_TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+_KINDS: dict[str, Kind] = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weight files of one checkpoint.
+
+    Attributes:
+        kind: the format of all the files.
+        files: their names relative to the folder, sorted.
+        weight_map: the index's file by tensor name; None without an index.
+    """
+
+    kind: Kind
+    files: tuple[str, ...]
+    weight_map: Mapping[str, str] | None = None
+
+
+def kind_of(name: str, where: str) -> Kind:
+    """The format of a weight file by its suffix.
+
+    Raises:
+        CheckpointError: the suffix is not one of a weight file.
+    """
+    kind = _KINDS.get(PurePosixPath(name).suffix)
+    if kind is None:
+        raise CheckpointError(f"{where}: not a weight file", f"pass a file that ends in {', '.join(_KINDS)}")
+    return kind
+
+
+def find_layout(names: Collection[str], read: Callable[[str], bytes], where: str) -> Layout:
+    """Find the weight files among the files of a folder.
+
+    In this order: ``model.safetensors``; the shards of ``model.safetensors.index.json``; ``pytorch_model.bin``; the
+    shards of ``pytorch_model.bin.index.json``; the only ``.safetensors`` file; the only ``.pt``, ``.pth`` or ``.bin``
+    file.
+
+    Args:
+        names: names relative to the folder of all files in it.
+        read: reads the whole of one of them; called for an index only.
+        where: names the folder in errors.
+
+    Raises:
+        CheckpointError: there are no weights, it is not clear which files they are, or the index is invalid, names a
+            file outside the folder or one that is not there.
+    """
+    if SINGLE_FILE in names:
+        return Layout("safetensors", (SINGLE_FILE,))
+    if INDEX_FILE in names:
+        return _sharded("safetensors", names, read(INDEX_FILE), f"{where}/{INDEX_FILE}")
+    if _TORCH_SINGLE_FILE in names:
+        return Layout("torch", (_TORCH_SINGLE_FILE,))
+    if _TORCH_INDEX_FILE in names:
+        return _sharded("torch", names, read(_TORCH_INDEX_FILE), f"{where}/{_TORCH_INDEX_FILE}")
+    flat = sorted(name for name in names if "/" not in name and not name.startswith("."))
+    for kind in ("safetensors", "torch"):
+        found = [name for name in flat if _KINDS.get(PurePosixPath(name).suffix) == kind]
+        if len(found) == 1:
+            return Layout(kind, (found[0],))
+        if found:
+            raise CheckpointError(
+                f"{where}: {len(found)} {kind} files and no index that says which belong together "
+                f"({', '.join(found[:10])})",
+                f"pass one file, or add {INDEX_FILE}",
+            )
+    raise CheckpointError(f"{where}: no weights in this folder", f"pass a folder with {SINGLE_FILE}, or a weight file")
+
+
+def check_index(layout: Layout, tensors: Mapping[str, Collection[str]], where: str) -> None:
+    """Check that every file has exactly the tensors that the index says, and none is in two files.
+
+    Args:
+        layout: the layout with the index.
+        tensors: names of the tensors that are in each file.
+        where: names the checkpoint in errors.
+
+    Raises:
+        CheckpointError: the index and the files contradict each other.
+    """
+    if layout.weight_map is None:
+        return
+    for name, file in layout.weight_map.items():
+        if name not in tensors[file]:
+            raise CheckpointError(f"{where}: the index promises tensor {name!r} in {file}, which does not have it", _GET)
+    for file in layout.files:
+        for name in tensors[file]:
+            if layout.weight_map.get(name) != file:
+                raise CheckpointError(f"{where}: {file} has tensor {name!r}, which the index does not list there", _GET)
+
+
+def peek_tensors(
+    sizes: Mapping[str, int], read: Callable[[str, int, int], bytes], where: str
+) -> dict[str, TensorInfo] | None:
+    """Read dtypes and shapes of a checkpoint that is not here yet, from the index and the headers alone.
+
+    Args:
+        sizes: bytes of every file of the folder by relative name, or of the one file.
+        read: reads the bytes ``start`` to ``stop`` of a file: ``read(name, start, stop)``.
+        where: names the checkpoint in errors.
+
+    Returns:
+        Dtype and shape by name, in sorted name order; None for PyTorch files, which have no header.
+
+    Raises:
+        CheckpointError: as :func:`find_layout` and :func:`~automerge.checkpoint.header.parse_header`.
+    """
+    layout = find_layout(sizes, lambda name: read(name, 0, sizes[name]), where)
+    if layout.kind == "torch":
+        return None
+    headers = {
+        file: parse_header(lambda start, stop, file=file: read(file, start, stop), sizes[file], f"{where}/{file}")  # type: ignore[misc]
+        for file in layout.files
+    }
+    check_index(layout, {file: header.tensors for file, header in headers.items()}, where)
+    tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
+    return {name: tensors[name] for name in sorted(tensors)}
+
+
+_GET = "get the checkpoint again from where it came"
+
+
+def _sharded(kind: Kind, names: Collection[str], text: bytes, where: str) -> Layout:
+    def fail(problem: str) -> NoReturn:
+        raise CheckpointError(f"{where}: {problem}", _GET)
+
+    try:
+        index = decode_object(text)
+    except ValueError as error:
+        fail(f"the index cannot be decoded: {error}")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        fail("the index has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_inside(file) or _KINDS.get(PurePosixPath(file).suffix) != kind:
+            fail(f"tensor {name!r} is said to be in {file!r}, which is not the name of a {kind} file in the folder")
+    files = tuple(sorted(set(weight_map.values())))
+    absent = [file for file in files if file not in names]
+    if absent:
+        shown = ", ".join(absent[:10])
+        fail(f"{len(absent)} of {len(files)} files of the index {'is' if len(absent) == 1 else 'are'} missing: {shown}")
+    return Layout(kind, files, weight_map)
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not any(part in ("", ".", "..") for part in parts)

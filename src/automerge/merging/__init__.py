@@ -1,0 +1,1 @@
+"""Merging: techniques, recipes, and the two engines that apply a recipe (streamed and resident)."""

@@ -1,0 +1,214 @@
+"""The recipe: the complete, replayable description of a merge. Recipe and inputs rebuild the model without any data.
+
+Canonical form. Different settings can mean the same merge; ``canonical`` gives them one form, which is also the form
+that both engines execute, so that equal keys mean equal bytes. The identities, and no others:
+
+- linear: the weights are scaled so that the sum of their magnitudes is 1 (a common factor cancels).
+- task_arithmetic: lambda > 0 is multiplied into the weights; if they then sum to 1 the base cancels: linear.
+- ties with normalize: the weights are scaled as for linear. Without it, lambda > 0 is multiplied into the weights.
+- dare_linear: at density 1 it is task_arithmetic (rescale has no effect); else lambda > 0 into the weights.
+- dare_ties: at density 1 it is ties with density 1 and without normalize; else lambda > 0 into the weights.
+- Numbers are rounded to 12 significant digits, and typed as declared (a density 1 is 1.0).
+
+All of them change the weights by a common positive factor at most, which neither the election of signs nor the
+averaging of buffers sees.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, FiniteFloat, StringConstraints
+
+import automerge.merging.technique as techniques
+from automerge.documents import Document, Model, digest_of
+from automerge.merging.technique import Settings, load_technique
+
+OutputDtype = Literal["same", "float32", "float16", "bfloat16"]
+IntegerBuffers = Literal["error", "base"]
+
+BASE = "base"
+"""The key of the base in ``Recipe.private``; no source may have this name."""
+
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+
+
+class InputDigest(Model):
+    """One input checkpoint: the name it has in the recipe, and the sha256 digest of its content."""
+
+    name: SourceName
+    digest: str
+
+
+class RecipeBlock(Model):
+    """One block: its tensors, and how they are merged.
+
+    Attributes:
+        name: the block's name, for people.
+        technique: the technique's name.
+        weights: weight per source; every source has one.
+        hyperparameters: a value for every hyperparameter that the technique declares.
+        parameters: names of the tensors that the technique merges.
+        buffers: names of the tensors that the buffer policy merges (`automerge.merging.buffers`).
+    """
+
+    name: str
+    technique: str
+    weights: dict[str, FiniteFloat]
+    hyperparameters: dict[str, bool | int | float | str] = {}
+    parameters: list[str] = []
+    buffers: list[str] = []
+
+    @property
+    def settings(self) -> Settings:
+        """Technique, weights and hyperparameters, without the tensors."""
+        return Settings(self.technique, dict(self.weights), dict(self.hyperparameters))
+
+
+class Recipe(Document):
+    """A merge.
+
+    Attributes:
+        release: the AutoMerge release that wrote it; not part of the digest.
+        base: the common ancestor, or None.
+        sources: the sources; sums are taken in this order.
+        seed: what the random masks depend on, beside source, tensor and element.
+        dtype: dtype of the merged floating-point tensors; ``same``: as the sources.
+        integer_buffers: integer or boolean tensors that differ between the sources: refuse, or take the base's.
+        blocks: how the merged tensors are merged; every merged tensor is in one block.
+        tied: alias -> the tensor that it shares its values with. Merged once; the alias is not written.
+        private: source (or ``base``) -> the tensors that it keeps for itself.
+    """
+
+    FORMAT: ClassVar[str] = "automerge/recipe"
+
+    release: str = ""
+    base: InputDigest | None = None
+    sources: list[InputDigest] = Field(min_length=1)
+    seed: int = 0
+    dtype: OutputDtype = "same"
+    integer_buffers: IntegerBuffers = "error"
+    blocks: list[RecipeBlock]
+    tied: dict[str, str] = {}
+    private: dict[str, list[str]] = {}
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources' names, in order."""
+        return [source.name for source in self.sources]
+
+    @property
+    def is_randomised(self) -> bool:
+        """Whether the seed has any effect: some block's canonical technique is randomised."""
+        return any(load_technique(canonical(block).technique).declaration.randomised for block in self.blocks)
+
+    def digest(self) -> str:
+        """sha256 (hex) of what the merge depends on: recipes of the same merge have the same digest.
+
+        Left out: the release, the names of blocks, the base's name, the order of blocks and of the tensors in them,
+        the form of the settings (see `canonical`), and the seed where nothing is random.
+
+        Raises:
+            PluginError: a technique is not installed.
+        """
+        return digest_of(
+            {
+                "format": self.format,
+                "version": self.version,
+                "base": self.base.digest if self.base else None,
+                "sources": [[source.name, source.digest] for source in self.sources],
+                "seed": self.seed if self.is_randomised else None,
+                "dtype": self.dtype,
+                "integer_buffers": self.integer_buffers,
+                "blocks": sorted(block_key(block) for block in self.blocks),
+                "tied": self.tied,
+                "private": {name: sorted(tensors) for name, tensors in self.private.items() if tensors},
+            }
+        )
+
+
+def canonical(block: RecipeBlock) -> RecipeBlock:
+    """The block in its unique form: equal merges get equal blocks, up to names. See the module's identities.
+
+    The block must be valid (`automerge.merging.technique.validate_settings`).
+
+    Raises:
+        PluginError: the technique is unknown.
+    """
+    settings = techniques.canonical_settings(_typed(block.settings))
+    return block.model_copy(
+        update={
+            "technique": settings.technique,
+            "weights": settings.weights,
+            "hyperparameters": settings.hyperparameters,
+        }
+    )
+
+
+def block_key(block: RecipeBlock) -> str:
+    """sha256 (hex) of a block's canonical form without its name: blocks that merge alike have one key.
+
+    The key says nothing of the inputs, the order of the sources, the seed, or the output dtype: those are the recipe's.
+    """
+    same = canonical(block)
+    return digest_of(
+        {
+            "settings": settings_key(same.settings),
+            "parameters": sorted(same.parameters),
+            "buffers": sorted(same.buffers),
+        }
+    )
+
+
+def settings_key(settings: Settings) -> str:
+    """sha256 (hex) of canonical settings."""
+    value: dict[str, Any] = {
+        "technique": settings.technique,
+        "weights": settings.weights,
+        "hyperparameters": settings.hyperparameters,
+    }
+    return digest_of(value)
+
+
+def effective_weights(block: RecipeBlock) -> dict[str, float]:
+    """The factor with which each source enters the merged tensors, for the report.
+
+    linear: w / sum(w), of the source itself. All others, of the task vector: task_arithmetic, dare_linear, dare_ties
+    and ties without normalize: lambda * w; ties with normalize: lambda * w / sum(w), where all sources agree. A
+    plug-in states its own rule. `effective_note` says what the number leaves out.
+    """
+    settings = _typed(block.settings)
+    return load_technique(block.technique).declaration.effective_weights(settings)
+
+
+def effective_note(block: RecipeBlock) -> str:
+    """What a reader must know about the block's effective weights; empty where they say everything."""
+    return load_technique(block.technique).declaration.effective_note
+
+
+def merged_names(recipe: Recipe) -> list[str]:
+    """The names of all tensors that are merged, in the order of the blocks: parameters, then buffers of each."""
+    return [name for block in recipe.blocks for name in (*block.parameters, *block.buffers)]
+
+
+def stored_names(recipe: Recipe, names: Mapping[str, Any]) -> dict[str, str]:
+    """Under which name a checkpoint holds each merged tensor: its own, or (a tied one) that of an alias."""
+    found = {}
+    for name in merged_names(recipe):
+        spellings = [name, *sorted(alias for alias, target in recipe.tied.items() if target == name)]
+        stored = next((spelling for spelling in spellings if spelling in names), None)
+        if stored is not None:
+            found[name] = stored
+    return found
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of that name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _typed(settings: Settings) -> Settings:
+    return techniques.validate_settings(
+        settings, sources=list(settings.weights), has_base=True, where=f"technique {settings.technique!r}"
+    )

@@ -1,0 +1,31 @@
+"""Linear: the weighted average of the sources."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from automerge.merging.consensus import weighted_sum
+from automerge.merging.technique import Settings, TensorInputs, scaled_to_sum_one, technique
+
+
+def _shares(settings: Settings) -> dict[str, float]:
+    total = math.fsum(settings.weights.values())
+    return {name: weight / total for name, weight in settings.weights.items()}
+
+
+def _canonical(settings: Settings) -> Settings:
+    return Settings("linear", scaled_to_sum_one(settings.weights))
+
+
+@technique(
+    name="linear",
+    normalised=True,
+    nonzero_weight_sum=True,
+    effective_weights=_shares,
+    canonical=_canonical,
+    source="Wortsman et al., 'Model soups', https://arxiv.org/abs/2203.05482",
+)
+def linear(inputs: TensorInputs, weights: Sequence[float]) -> torch.Tensor:
+    """sum(w_i * t_i) / sum(w_i)."""
+    return weighted_sum(inputs.sources, weights).div_(math.fsum(weights))

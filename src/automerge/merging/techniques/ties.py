@@ -1,0 +1,56 @@
+"""TIES: trim each task vector, elect a sign per element, average what agrees."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from automerge.merging.consensus import sum_of_agreeing
+from automerge.merging.sparsify import DENSITY, trim
+from automerge.merging.technique import (
+    Hyperparameter,
+    Settings,
+    TensorInputs,
+    fold_lambda,
+    scaled_to_sum_one,
+    technique,
+)
+from automerge.merging.techniques.task_arithmetic import LAMBDA, scaled_weights
+
+NORMALIZE = Hyperparameter(
+    "normalize", "bool", default=True, doc="divide each element by the sum of the weights of the sources that agree"
+)
+
+
+def _shares(settings: Settings) -> dict[str, float]:
+    scaled = scaled_weights(settings)
+    total = math.fsum(settings.weights.values())
+    if not settings.hyperparameters["normalize"] or total == 0:
+        return scaled
+    return {name: weight / total for name, weight in scaled.items()}
+
+
+def _canonical(settings: Settings) -> Settings:
+    if not settings.hyperparameters["normalize"]:
+        return fold_lambda(settings)
+    return Settings("ties", scaled_to_sum_one(settings.weights), settings.hyperparameters)
+
+
+@technique(
+    name="ties",
+    requires_base=True,
+    hyperparameters=(DENSITY, LAMBDA, NORMALIZE),
+    normalised=True,
+    effective_weights=_shares,
+    effective_note="where all sources agree; an element that was trimmed or lost the election has weight 0, "
+    "and under 'normalize' the others of that element share the whole",
+    canonical=_canonical,
+    source="Yadav et al., 'TIES-Merging', https://arxiv.org/abs/2306.01708; weighted as in mergekit",
+)
+def ties(
+    inputs: TensorInputs, weights: Sequence[float], *, density: float, lambda_: float, normalize: bool
+) -> torch.Tensor:
+    """b + lambda * the sum of the trimmed w_i * d_i that agree with the elected sign, normalised by their weights."""
+    trimmed = [trim(delta, density) for delta in inputs.deltas]
+    merged = sum_of_agreeing(trimmed, weights, normalize=normalize)
+    return merged.mul_(lambda_).add_(inputs.base)

@@ -1,0 +1,151 @@
+"""The trial store: ``trials.jsonl``, an append-only log of a search that survives a kill at any point.
+
+Line 1 is a header that identifies the search. Then, in the order in which they happened, ``ask`` (the optimiser
+proposed a point) and ``tell`` (its outcome, a whole :class:`Trial`) events. Every line is on disk before the search
+goes on, so a trial once paid for is never lost, and replaying the events in their order brings an optimiser of the
+same seed back to the same state.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from automerge.documents import Model
+from automerge.errors import SearchError
+from automerge.searching.trial import Trial
+
+
+class Header(Model):
+    """What identifies a search: two searches with equal identities propose the same points."""
+
+    event: Literal["header"] = "header"
+    format: Literal["automerge/trials"] = "automerge/trials"
+    version: Literal[1] = 1
+    identity: str = Field(description="Digest of all that shapes the search: spec, segmentation, inputs, threads.")
+    reference_losses: dict[str, float] = Field(description="The specialist's mean validation loss by task.")
+    epsilon: float
+
+
+class Ask(Model):
+    """The optimiser proposed a point."""
+
+    event: Literal["ask"] = "ask"
+    number: int
+    origin: str
+    config: dict[str, Any]
+
+
+class Tell(Model):
+    """A point was evaluated."""
+
+    event: Literal["tell"] = "tell"
+    trial: Trial
+
+
+class TrialStore:
+    """Appends events durably; opened for one search by one process."""
+
+    def __init__(self, path: Path, header: Header, events: list[Ask | Tell], length: int) -> None:
+        self.path = path
+        self.header = header
+        self.events = events
+        self._file = path.open("r+b")
+        self._file.truncate(length)
+        self._file.seek(length)
+
+    @classmethod
+    def create(cls, path: Path, header: Header) -> Self:
+        """Start a new log; the header is on disk before this returns.
+
+        Raises:
+            SearchError: there is a log already, which would be lost.
+        """
+        if path.exists():
+            raise SearchError(f"{path}: a search was begun here", "pass --resume to go on, or another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = _encode(header)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(line)
+        temporary.replace(path)
+        store = cls(path, header, [], len(line))
+        store._sync()
+        return store
+
+    @classmethod
+    def resume(cls, path: Path, identity: str) -> Self:
+        """Open a log to go on; a last line torn by a kill is dropped.
+
+        Raises:
+            SearchError: there is no log, it is damaged, or it belongs to another search.
+        """
+        header, events, length = read_log(path)
+        if header.identity != identity:
+            raise SearchError(
+                f"{path}: belongs to another search (the spec, an input, the segmentation or the threads have changed)",
+                "start in another folder",
+            )
+        return cls(path, header, events, length)
+
+    def append(self, event: Ask | Tell) -> None:
+        """Write one event; it is on disk before this returns."""
+        self._file.write(_encode(event))
+        self._sync()
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """All finished trials of a log, in the order of their numbers.
+
+    Raises:
+        SearchError: there is no log, or it is damaged.
+    """
+    _, events, _ = read_log(path)
+    return sorted((event.trial for event in events if isinstance(event, Tell)), key=lambda trial: trial.number)
+
+
+def read_log(path: Path) -> tuple[Header, list[Ask | Tell], int]:
+    """Header, events and the length in bytes of the sound part of a log.
+
+    Raises:
+        SearchError: there is no log, or a line other than a torn last one is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise SearchError(f"{path}: no search was begun here", "run without --resume") from None
+    header: Header | None = None
+    events: list[Ask | Tell] = []
+    length = 0
+    for number, line in enumerate(_whole_lines(content), start=1):
+        try:
+            value = json.loads(line)
+            if number == 1:
+                header = Header.model_validate(value)
+            else:
+                events.append((Ask if value["event"] == "ask" else Tell).model_validate(value))
+        except (ValueError, KeyError, TypeError, ValidationError):
+            raise SearchError(f"{path}: line {number} is damaged", "start in another folder") from None
+        length += len(line)
+    if header is None:
+        raise SearchError(f"{path}: has no header", "start in another folder")
+    return header, events, length
+
+
+def _whole_lines(content: bytes) -> Iterator[bytes]:
+    return (line for line in content.splitlines(keepends=True) if line.endswith(b"\n"))
+
+
+def _encode(event: Header | Ask | Tell) -> bytes:
+    return (event.model_dump_json() + "\n").encode()

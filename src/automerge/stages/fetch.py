@@ -1,0 +1,166 @@
+"""fetch: bring every checkpoint and data set of a spec to local disk, verified.
+
+What can be refused early is: the checkpoints' headers are read by ranges and compared before any large download.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from automerge.checkpoint.compatibility import check_compatibility
+from automerge.checkpoint.digest import sha256_file
+from automerge.checkpoint.info import TensorInfo
+from automerge.checkpoint.layout import peek_tensors
+from automerge.checkpoint.open import open_checkpoint
+from automerge.documents import digest_of
+from automerge.errors import CheckpointError, SpecError
+from automerge.spec import Spec
+from automerge.stages.manifest import MANIFEST, FileRecord, Input, Manifest
+from automerge.storage.store import ObjectInfo, fetch_all, list_objects, read_range
+
+log = logging.getLogger(__name__)
+
+
+def fetch(spec: Spec, folder: Path) -> Manifest:
+    """Fetch all inputs of a spec into ``folder`` and write its manifest.
+
+    Files that an earlier call brought and whose digests still fit are kept; a broken download goes on where it stopped.
+
+    Raises:
+        StorageError: an object is missing, not readable, or damaged on the way.
+        CheckpointError: a checkpoint is damaged or unsafe, the checkpoints do not fit each other, or a digest in the
+            spec does not fit.
+    """
+    earlier = _earlier(folder)
+    wanted = _wanted(spec)
+    listings = {item.name: list_objects(item.uri) for item in wanted}
+    _check_headers(spec, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
+
+    inputs = []
+    for item in wanted:
+        old = earlier.get(item.name)
+        if old is not None and old.uri == item.uri and _unchanged(folder, old, listings[item.name]):
+            log.info("%s: already here", item.name)
+            inputs.append(old)
+            continue
+        log.info("%s: fetching %s (%d files)", item.name, item.uri, len(listings[item.name]))
+        inputs.append(_fetch_one(item, listings[item.name], folder))
+    _check_expected(spec, inputs)
+    _check_fetched(spec, inputs, folder)
+    manifest = Manifest(spec=spec.digest(), inputs=inputs)
+    manifest.write(folder / MANIFEST)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One input of the spec, and its place below the folder."""
+
+    name: str
+    role: Literal["base", "source", "validation", "test"]
+    uri: str
+    place: str
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.role in ("base", "source")
+
+
+def _wanted(spec: Spec) -> list[_Wanted]:
+    wanted = []
+    if spec.base is not None:
+        wanted.append(_Wanted("base", "base", spec.base.uri, "checkpoints/base"))
+    wanted += [_Wanted(each.name, "source", each.uri, f"checkpoints/{each.name}") for each in spec.sources]
+    for task in spec.tasks:
+        wanted.append(_Wanted(f"{task.name}/validation", "validation", task.validation, f"data/{task.name}/validation"))
+        wanted.append(_Wanted(f"{task.name}/test", "test", task.test, f"data/{task.name}/test"))
+    return wanted
+
+
+def _earlier(folder: Path) -> dict[str, Input]:
+    """What an earlier call left, by name; nothing if its manifest cannot be used."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        return {item.name: item for item in Manifest.read(path).inputs}
+    except SpecError as error:
+        log.warning("fetching everything again: %s", error)
+        return {}
+
+
+def _unchanged(folder: Path, old: Input, listing: Sequence[ObjectInfo]) -> bool:
+    """Whether the listed objects are the files of an earlier fetch, still intact on disk."""
+    sizes = sorted((item.key.rsplit("/", 1)[-1], item.size) for item in listing)
+    if sizes != sorted((record.path.rsplit("/", 1)[-1], record.bytes) for record in old.files):
+        return False
+    return all(
+        (folder / record.path).is_file() and sha256_file(folder / record.path) == record.sha256 for record in old.files
+    )
+
+
+def _check_headers(spec: Spec, listings: Mapping[str, Sequence[ObjectInfo]]) -> None:
+    """Compare the checkpoints by their headers alone; those without a header are compared once they are here."""
+    tensors: dict[str, Mapping[str, TensorInfo]] = {}
+    for name, listing in listings.items():
+        uris = {item.key: item.uri for item in listing}
+        found = peek_tensors(
+            {item.key: item.size for item in listing},
+            lambda key, start, stop, uris=uris: read_range(uris[key], start, stop),  # type: ignore[misc]
+            f"checkpoint {name!r}",
+        )
+        if found is not None:
+            tensors[name] = found
+    _check_tensors(spec, tensors)
+
+
+def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
+    tensors: dict[str, Mapping[str, TensorInfo]] = {}
+    for item in inputs:
+        if item.role in ("base", "source"):
+            with open_checkpoint(folder / item.path) as checkpoint:
+                tensors[item.name] = checkpoint.tensors
+    _check_tensors(spec, tensors)
+
+
+def _check_tensors(spec: Spec, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    if len(tensors) < 2:
+        return
+    first = next(source.name for source in spec.sources if source.name in tensors)
+    others = {name: infos for name, infos in tensors.items() if name != first}
+    check_compatibility(tensors[first], others, first, spec.private)
+
+
+def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path) -> Input:
+    target = folder / item.place
+    files = fetch_all(listing, target)
+    path = files[0].path if len(files) == 1 else target
+    records = [FileRecord(path=_relative(file.path, folder), bytes=file.size, sha256=file.sha256) for file in files]
+    if item.is_checkpoint:
+        with open_checkpoint(path) as checkpoint:
+            digest = checkpoint.digest()
+    else:
+        digest = digest_of({_relative(file.path, target): file.sha256 for file in files})
+    return Input(
+        name=item.name, role=item.role, uri=item.uri, path=_relative(path, folder), digest=digest, files=records
+    )
+
+
+def _check_expected(spec: Spec, inputs: Sequence[Input]) -> None:
+    """Compare with the digests that the spec names."""
+    expected = {source.name: source.sha256 for source in spec.sources}
+    if spec.base is not None:
+        expected["base"] = spec.base.sha256
+    for item in inputs:
+        wanted = expected.get(item.name)
+        if wanted is not None and wanted.lower() != item.digest:
+            raise CheckpointError(
+                f"checkpoint {item.name!r} at {item.uri} has digest {item.digest}, the spec expects {wanted}",
+                "correct the spec's sha256, or find out who replaced the checkpoint",
+            )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()

@@ -1,0 +1,68 @@
+"""manifest.json and merged.json: what a run was given, what it made, and where each file of it lies."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from automerge.documents import Document, Model
+
+MANIFEST = "manifest.json"
+MERGED = "merged.json"
+SEGMENTATION = "segmentation.json"
+TRIALS = "trials.jsonl"
+RECIPE = "recipe.json"
+EVALUATION = "evaluation.json"
+REPORT = "report.html"
+REGISTRATION = "registration.json"
+
+
+class FileRecord(Model):
+    """One file below the folder of its document."""
+
+    path: str = Field(description="Relative to the document's folder.")
+    bytes: int
+    sha256: str
+
+
+class Input(Model):
+    """One checkpoint or data set that was fetched."""
+
+    name: str = Field(description="'base', a source's name, or '<task>/validation' and '<task>/test'.")
+    role: Literal["base", "source", "validation", "test"]
+    uri: str
+    path: str = Field(description="File or folder, relative to the manifest's folder.")
+    digest: str = Field(description="A checkpoint's digest (its weights only), or the digest of all files of data.")
+    files: list[FileRecord]
+
+
+class Manifest(Document):
+    """manifest.json: every input of a run, by digest."""
+
+    FORMAT: ClassVar[str] = "automerge/manifest"
+
+    spec: str = Field(description="Digest of the spec.")
+    inputs: list[Input]
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Where an input lies, given the manifest's folder."""
+        return folder / self.input(name).path
+
+    def input(self, name: str) -> Input:
+        """The input of that name."""
+        return next(item for item in self.inputs if item.name == name)
+
+    def digests(self) -> dict[str, str]:
+        """Digest by name."""
+        return {item.name: item.digest for item in self.inputs}
+
+
+class Merged(Document):
+    """merged.json: the merged model's files, by digest."""
+
+    FORMAT: ClassVar[str] = "automerge/merged"
+
+    recipe: str = Field(description="Digest of the recipe.")
+    digest: str = Field(description="Digest of the merged weights.")
+    parameter_count: int
+    files: list[FileRecord]

@@ -1,0 +1,1 @@
+"""What the stages tell the world while they run: Prometheus metrics and structured logs."""
