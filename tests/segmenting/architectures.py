@@ -195,6 +195,53 @@ def whisper() -> Built:
         return WhisperForConditionalGeneration(config), (), {"input_features": features, "decoder_input_ids": ids}
 
 
+def gpt2() -> Built:
+    """Its linear layers flatten batch and positions into one axis and unflatten them again."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=64)
+    with torch.device("meta"):
+        return GPT2LMHeadModel(config), (), {"input_ids": torch.zeros(2, 7, dtype=torch.long)}
+
+
+def convnext() -> Built:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 2, 1])
+    with torch.device("meta"):
+        return ConvNextForImageClassification(config), (), {"pixel_values": torch.empty(2, 3, 64, 64)}
+
+
+def swin() -> Built:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(image_size=32, patch_size=2, embed_dim=12, depths=[2, 2], num_heads=[2, 4], window_size=4)
+    with torch.device("meta"):
+        return SwinForImageClassification(config), (), {"pixel_values": torch.empty(2, 3, 32, 32)}
+
+
+def wav2vec2() -> Built:
+    """With layer norms between its convolutions and a weight-normalised positional convolution."""
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    config = Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=[16, 16, 16],
+        conv_stride=[5, 2, 2],
+        conv_kernel=[10, 3, 3],
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        classifier_proj_size=24,
+    )
+    with torch.device("meta"):
+        return Wav2Vec2ForSequenceClassification(config), (), {"input_values": torch.empty(2, 4000)}
+
+
 BUILDERS = {
     "cct": cct,
     "llama_7b": llama_7b,
@@ -203,4 +250,8 @@ BUILDERS = {
     "t5": t5,
     "whisper": whisper,
     "hybrid": hybrid,
+    "gpt2": gpt2,
+    "convnext": convnext,
+    "swin": swin,
+    "wav2vec2": wav2vec2,
 }
