@@ -1,9 +1,10 @@
 """A Compact Convolutional Transformer for 8x8 digits.
 
 The architecture follows Hassani et al. 2021, "Escaping the Big Data Paradigm with Compact Transformers"
-(https://arxiv.org/abs/2104.05704): a convolutional tokenizer instead of patches, a learned positional embedding, pre-norm
-transformer encoder layers, and sequence pooling instead of a class token. There is neither dropout nor BatchNorm, so a model
-computes the same function in training and in evaluation mode and its state is its parameters alone.
+(https://arxiv.org/abs/2104.05704): a convolutional tokenizer instead of patches, a learned positional embedding,
+pre-norm transformer encoder layers, and sequence pooling instead of a class token. There is neither dropout nor
+BatchNorm, so a model computes the same function in training and in evaluation mode and its state is its parameters
+alone.
 """
 
 import torch
@@ -62,8 +63,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.attention(self.norm1(tokens))
-        tokens = tokens + self.contract(F.gelu(self.expand(self.norm2(tokens))))
-        return tokens
+        transformed: Tensor = self.contract(F.gelu(self.expand(self.norm2(tokens))))
+        return tokens + transformed
 
 
 class SequencePool(nn.Module):
@@ -74,7 +75,7 @@ class SequencePool(nn.Module):
         self.score = nn.Linear(width, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weights = self.score(tokens).softmax(dim=1)
+        weights: Tensor = self.score(tokens).softmax(dim=1)
         return (weights.transpose(1, 2) @ tokens).squeeze(1)
 
 
@@ -115,7 +116,7 @@ def build(classes: int = 10, width: int = 64, depth: int = 2, heads: int = 4) ->
         ValueError: when ``width`` is odd or not a multiple of ``heads``, or a number is below one.
     """
     if min(classes, width, depth, heads) < 1:
-        raise ValueError(f"classes, width, depth and heads must be at least 1, not {classes}, {width}, {depth}, {heads}")
+        raise ValueError(f"classes, width, depth, heads must be at least 1, not {classes}, {width}, {depth}, {heads}")
     if width % 2 or width % heads:
         raise ValueError(f"width must be even and a multiple of heads ({heads}), not {width}")
     return CompactConvTransformer(classes, width, depth, heads)

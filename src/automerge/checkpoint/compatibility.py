@@ -29,14 +29,8 @@ def check_compatibility(
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape or dtype; names the first ten of each kind
-            per checkpoint and says how many there are. Also where a private pattern matches no tensor at all.
+            per checkpoint and says how many there are.
     """
-    everywhere = [reference, *others.values()]
-    for pattern in private:
-        if not any(fnmatch.fnmatchcase(name, pattern) for tensors in everywhere for name in tensors):
-            raise CheckpointError(
-                f"the private parameters {pattern!r} match no tensor of any checkpoint", "correct the pattern"
-            )
     expected = _shared(reference, private)
     problems = []
     for label, tensors in others.items():
@@ -63,7 +57,7 @@ def check_compatibility(
                 *_first(dtypes, "of another dtype"),
             ]
             problems.append(
-                f"source {label!r} does not fit {reference_label!r}: {count} tensor{'s' if count > 1 else ''}: "
+                f"checkpoint {label!r} does not fit {reference_label!r}: {count} tensor{'s' if count > 1 else ''}: "
                 + "; ".join(parts)
             )
     if problems:

@@ -100,7 +100,7 @@ def check_index(layout: Layout, tensors: Mapping[str, Collection[str]], where: s
         return
     for name, file in layout.weight_map.items():
         if name not in tensors[file]:
-            raise CheckpointError(f"{where}: the index promises tensor {name!r} in {file}, which does not have it", _GET)
+            raise CheckpointError(f"{where}: the index promises tensor {name!r}, which is not in {file}", _GET)
     for file in layout.files:
         for name in tensors[file]:
             if layout.weight_map.get(name) != file:

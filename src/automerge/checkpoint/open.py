@@ -188,13 +188,10 @@ def _load_state_dict(file: Path) -> dict[str, torch.Tensor]:
         fail("has both 'state_dict' and 'model', so it is not clear which are the weights")
     state: Mapping[Any, Any] = value[wrapped[0]] if wrapped else value
 
-    def is_name(key: Any) -> bool:
-        return isinstance(key, str) and key.isprintable()
-
     others = [
-        f"{str(key) if is_name(key) else repr(key)} ({type(entry).__name__})"
+        f"{_shown(key)} ({type(entry).__name__})"
         for key, entry in state.items()
-        if not is_name(key) or not isinstance(entry, torch.Tensor)
+        if not isinstance(key, str) or not key.isprintable() or not isinstance(entry, torch.Tensor)
     ]
     if others:
         shown = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
@@ -210,6 +207,13 @@ def _load_state_dict(file: Path) -> dict[str, torch.Tensor]:
         if tensor.numel() * tensor.element_size() > size:
             fail(f"tensor {name} unpacks to {tensor.numel() * tensor.element_size()} bytes, the file has {size}")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _shown(key: Any) -> str:
+    if isinstance(key, str):
+        return key if key.isprintable() else repr(key)
+    # Nothing else is printed: a nested tuple of a few bytes can have a text of any length.
+    return str(key) if isinstance(key, int) and key.bit_length() < 64 else f"<{type(key).__name__}>"
 
 
 def _load(file: Path) -> Any:

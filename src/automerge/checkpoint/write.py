@@ -5,7 +5,6 @@ first arrives, and the bytes do not depend on the order in which they do. Nothin
 is written and flushed to disk.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -75,7 +74,9 @@ class CheckpointWriter:
         self._folder = folder
         self._infos = {name: infos[name] for name in sorted(infos)}
         self._shards = _plan(folder, self._infos, max_shard_bytes, {**(metadata or {}), "format": "pt"})
-        self._place = {name: (index, at) for index, shard in enumerate(self._shards) for name, at in shard.offsets.items()}
+        self._place = {
+            name: (index, at) for index, shard in enumerate(self._shards) for name, at in shard.offsets.items()
+        }
         self._arrived: set[str] = set()
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
@@ -125,7 +126,7 @@ class CheckpointWriter:
         flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
         index, at = self._place[name]
         try:
-            _write_at(self._descriptors[index], memoryview(flat.view(torch.uint8).numpy()), at)
+            _write_at(self._descriptors[index], flat.view(torch.uint8).numpy().data, at)
         except OSError as error:
             self.abort()
             raise self._storage_error(error) from None
@@ -207,7 +208,9 @@ class CheckpointWriter:
         )
 
 
-def _plan(folder: Path, infos: Mapping[str, TensorInfo], max_shard_bytes: int, metadata: dict[str, str]) -> list[_Shard]:
+def _plan(
+    folder: Path, infos: Mapping[str, TensorInfo], max_shard_bytes: int, metadata: dict[str, str]
+) -> list[_Shard]:
     """Fill shards in the order of names."""
     if not infos:
         raise CheckpointError(f"{folder}: a checkpoint without tensors cannot be written")
@@ -215,7 +218,7 @@ def _plan(folder: Path, infos: Mapping[str, TensorInfo], max_shard_bytes: int, m
         raise CheckpointError(f"{folder}: the largest shard must have some bytes, not {max_shard_bytes}")
     for name, info in infos.items():
         if info.dtype not in ITEM_BYTES:
-            raise CheckpointError(f"{folder}: tensor {name!r} has the dtype {info.dtype}, which safetensors cannot store")
+            raise CheckpointError(f"{folder}: tensor {name!r} has the dtype {info.dtype}, not one of safetensors")
     groups: list[list[str]] = [[]]
     filled = 0
     for name, info in infos.items():
@@ -252,17 +255,13 @@ def _shard(name: str, infos: Mapping[str, TensorInfo], metadata: dict[str, str])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     content = len(text).to_bytes(8, "little") + text
-    return _Shard(name, content, {tensor: len(content) + begin for tensor, begin in begins.items()}, len(content) + position)
+    offsets = {tensor: len(content) + begin for tensor, begin in begins.items()}
+    return _Shard(name, content, offsets, len(content) + position)
 
 
 def _reserve(descriptor: int, size: int) -> None:
     """Take the room on the disk now: a full disk shows before the work, not after it."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
+    os.posix_fallocate(descriptor, 0, size)
 
 
 def _write_at(descriptor: int, content: memoryview, at: int) -> None:

@@ -20,9 +20,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, FiniteFloat, StringConstraints
 
-import automerge.merging.technique as techniques
 from automerge.documents import Document, Model, digest_of
-from automerge.merging.technique import Settings, load_technique
+from automerge.merging.technique import Settings, canonical_settings, load_technique, validate_settings
 
 OutputDtype = Literal["same", "float32", "float16", "bfloat16"]
 IntegerBuffers = Literal["error", "base"]
@@ -55,9 +54,9 @@ class RecipeBlock(Model):
     name: str
     technique: str
     weights: dict[str, FiniteFloat]
-    hyperparameters: dict[str, bool | int | float | str] = {}
-    parameters: list[str] = []
-    buffers: list[str] = []
+    hyperparameters: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    parameters: list[str] = Field(default_factory=list)
+    buffers: list[str] = Field(default_factory=list)
 
     @property
     def settings(self) -> Settings:
@@ -89,8 +88,8 @@ class Recipe(Document):
     dtype: OutputDtype = "same"
     integer_buffers: IntegerBuffers = "error"
     blocks: list[RecipeBlock]
-    tied: dict[str, str] = {}
-    private: dict[str, list[str]] = {}
+    tied: dict[str, str] = Field(default_factory=dict)
+    private: dict[str, list[str]] = Field(default_factory=dict)
 
     @property
     def source_names(self) -> list[str]:
@@ -135,7 +134,7 @@ def canonical(block: RecipeBlock) -> RecipeBlock:
     Raises:
         PluginError: the technique is unknown.
     """
-    settings = techniques.canonical_settings(_typed(block.settings))
+    settings = canonical_settings(_typed(block.settings))
     return block.model_copy(
         update={
             "technique": settings.technique,
@@ -209,6 +208,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _typed(settings: Settings) -> Settings:
-    return techniques.validate_settings(
+    return validate_settings(
         settings, sources=list(settings.weights), has_base=True, where=f"technique {settings.technique!r}"
     )

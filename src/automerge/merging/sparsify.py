@@ -48,9 +48,7 @@ def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
     return torch.where(mask.view(delta.shape), delta, 0)
 
 
-def drop(
-    delta: torch.Tensor, density: float, rescale: Rescale, *, seed: int, source: str, tensor: str
-) -> torch.Tensor:
+def drop(delta: torch.Tensor, density: float, rescale: Rescale, *, seed: int, source: str, tensor: str) -> torch.Tensor:
     """Keep each element with probability ``density``, set the others to zero, and rescale what is left.
 
     Source: DARE, https://arxiv.org/abs/2311.03099 (drop and rescale). The mask: `automerge.merging.random`.
@@ -82,8 +80,9 @@ def l1_norm(tensor: torch.Tensor) -> float:
     other elementwise, so that the result is the same on any number of threads.
     """
     parts = []
-    for chunk in tensor.reshape(-1).split(_NORM_CHUNK):
-        part = chunk.abs().to(torch.float64)
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _NORM_CHUNK):
+        part = flat[start : start + _NORM_CHUNK].abs().to(torch.float64)
         while part.numel() > 1:
             half = (part.numel() + 1) // 2
             folded = part[:half].clone()

@@ -97,6 +97,13 @@ class Settings:
     hyperparameters: dict[str, Value] = field(default_factory=dict)
 
 
+def _without_base(tensor: str) -> MergeError:
+    return MergeError(
+        f"tensor {tensor!r}: the technique uses task vectors, and there is no base",
+        "declare requires_base=True in the technique",
+    )
+
+
 def _unchanged(settings: Settings) -> Settings:
     return settings
 
@@ -132,10 +139,7 @@ class Deltas(Sequence[torch.Tensor]):
 
     def __init__(self, inputs: "TensorInputs") -> None:
         if inputs.base is None:
-            raise MergeError(
-                f"tensor {inputs.tensor!r}: the technique uses task vectors, and there is no base",
-                "declare requires_base=True in the technique",
-            )
+            raise _without_base(inputs.tensor)
         self._base = inputs.base
         self._sources = inputs.sources
 
@@ -183,6 +187,16 @@ class TensorInputs:
             MergeError: there is no base.
         """
         return Deltas(self)
+
+    def base_plus(self, delta: torch.Tensor) -> torch.Tensor:
+        """The base plus a merged task vector.
+
+        Raises:
+            MergeError: there is no base.
+        """
+        if self.base is None:
+            raise _without_base(self.tensor)
+        return self.base + delta
 
 
 class Technique:
@@ -283,7 +297,9 @@ def technique(
             try:
                 each.validate(each.default, f"technique {name!r}")
             except MergeError as error:
-                raise PluginError(f"the default of a hyperparameter is not valid: {error.problem}", "correct it") from None
+                raise PluginError(
+                    f"the default of a hyperparameter is not valid: {error.problem}", "correct it"
+                ) from None
         return Technique(function, declaration)
 
     return decorate
@@ -336,7 +352,9 @@ def validate_settings(settings: Settings, *, sources: Sequence[str], has_base: b
         raise MergeError(f"{name} needs a base", "name the sources' common ancestor as base or use 'linear'")
     count, most = len(sources), declaration.maximum_sources
     if count < declaration.minimum_sources or (most is not None and count > most):
-        limit = f"at least {declaration.minimum_sources}" if most is None else f"{declaration.minimum_sources} to {most}"
+        limit = (
+            f"at least {declaration.minimum_sources}" if most is None else f"{declaration.minimum_sources} to {most}"
+        )
         raise MergeError(f"{name} takes {limit} sources, got {count}", "choose another technique")
 
     for source in settings.weights:
@@ -344,7 +362,9 @@ def validate_settings(settings: Settings, *, sources: Sequence[str], has_base: b
             raise MergeError(f"{where}: weight for the unknown source {source!r}", nearest(source, list(sources)))
     for source in sources:
         if source not in settings.weights:
-            raise MergeError(f"{where}: no weight for source {source!r}", "give every source a weight, 0 if it is unused")
+            raise MergeError(
+                f"{where}: no weight for source {source!r}", "give every source a weight, 0 if it is unused"
+            )
     weights = {source: settings.weights[source] + 0.0 for source in sources}
     for source, weight in weights.items():
         if not math.isfinite(weight):

@@ -104,16 +104,21 @@ def search(
     )
     header = Header(identity=whole_identity, reference_losses=dict(reference_losses), epsilon=spec.effective_epsilon)
     store = TrialStore.resume(store_path, whole_identity) if resume else TrialStore.create(store_path, header)
-    optimiser = Optimiser(
-        space.configuration_space(spec.seed), trials=spec.trials, initial=initial, warm_starts=warm, seed=spec.seed
-    )
-    loop = _Loop(space, evaluate, store, optimiser, dict(store.header.reference_losses), progress)
+    loop = _Loop(space, evaluate, store, progress)
     try:
-        loop.replay()
-        stopped = loop.run()
+        loop.recall()
+        stopped = loop.finished()
+        if stopped is None:
+            optimiser = Optimiser(
+                space.configuration_space(spec.seed), trials=spec.trials, initial=initial, warm_starts=warm, seed=spec.seed
+            )
+            try:
+                loop.replay(optimiser)
+                stopped = loop.run(optimiser)
+            finally:
+                optimiser.close()
     finally:
         store.close()
-        optimiser.close()
     return loop.result(stopped)
 
 
@@ -125,15 +130,11 @@ class _Loop:
         space: "SearchSpace",
         evaluate: Evaluate,
         store: TrialStore,
-        optimiser: "Optimiser",
-        reference_losses: Mapping[str, float],
         progress: Callable[[SearchProgress], None] | None,
     ) -> None:
         self.space = space
         self.evaluate = evaluate
         self.store = store
-        self.optimiser = optimiser
-        self.reference_losses = reference_losses
         self.progress = progress
         self.trials: list[Trial] = []
         self.best: Trial | None = None
@@ -141,45 +142,60 @@ class _Loop:
         self.by_recipe: dict[str, Trial] = {}
         self.since_improvement = 0
 
-    def replay(self) -> None:
-        """Bring the optimiser to where the log ends, by the logged asks and tells in their order."""
-        for event in list(self.store.events):
+    def recall(self) -> None:
+        """Take over what the log holds: finished trials, and those that were in flight when the search ended."""
+        for event in self.store.events:
             if isinstance(event, Ask):
-                number, _, config = self.optimiser.ask()
-                if number != event.number or config != event.config:
-                    raise SearchError(
-                        f"{self.store.path}: trial {event.number} cannot be replayed: the optimiser now proposes another "
-                        "point (another release of it, or another kind of processor)",
-                        "resume where the search was begun, or start in another folder",
-                    )
                 self.pending.append((event, 0.0))
             else:
                 self.pending = [(ask, cost) for ask, cost in self.pending if ask.number != event.trial.number]
-                self._tell(event.trial, replayed=True)
+                self._record(event.trial, replayed=True)
         if self.store.events:
             log.info("resumed: %d trials from the log, %d in flight", len(self.trials), len(self.pending))
 
-    def run(self) -> str:
-        """Ask and evaluate until the budget is spent, the objective stands still, or the user interrupts."""
+    def finished(self) -> str | None:
+        """Why no further trial is due; None if one is."""
         spec = self.space.spec
+        if self.pending:
+            return None
+        if len(self.trials) >= spec.trials:
+            return "budget"
+        if spec.early_stop is not None and self.since_improvement >= spec.early_stop.patience:
+            return "plateau"
+        return None
+
+    def replay(self, optimiser: "Optimiser") -> None:
+        """Bring the optimiser to where the log ends, by the logged asks and tells in their order."""
+        for event in list(self.store.events):
+            if isinstance(event, Tell):
+                optimiser.tell(event.trial.number, event.trial.cost, failed=event.trial.status == "failed")
+                continue
+            number, _, config = optimiser.ask()
+            if number != event.number or config != event.config:
+                raise SearchError(
+                    f"{self.store.path}: trial {event.number} cannot be replayed: the optimiser now proposes another "
+                    "point (another release of it, or another kind of processor)",
+                    "resume where the search was begun, or start in another folder",
+                )
+
+    def run(self, optimiser: "Optimiser") -> str:
+        """Ask and evaluate until the budget is spent, the objective stands still, or the user interrupts."""
         try:
-            while True:
+            while (stopped := self.finished()) is None:
                 if self.pending:
                     ask, optimiser_seconds = self.pending.pop(0)
                 else:
-                    if len(self.trials) >= spec.trials:
-                        return "budget"
-                    if spec.early_stop is not None and self.since_improvement >= spec.early_stop.patience:
-                        return "plateau"
                     start = time.perf_counter()
-                    number, origin, config = self.optimiser.ask()
+                    number, origin, config = optimiser.ask()
                     optimiser_seconds = time.perf_counter() - start
                     ask = Ask(number=number, origin=origin, config=config)
                     self.store.append(ask)
                 trial = self._evaluate(ask, optimiser_seconds)
                 self.store.append(Tell(trial=trial))
-                self._tell(trial, replayed=False)
+                optimiser.tell(trial.number, trial.cost, failed=trial.status == "failed")
+                self._record(trial, replayed=False)
                 self._refuse_all_failed()
+            return stopped
         except KeyboardInterrupt:
             if self.best is None:
                 raise SearchError("interrupted before any trial succeeded", "go on with --resume") from None
@@ -210,7 +226,7 @@ class _Loop:
             losses = dict(self.evaluate(blocks))
             cp = {
                 task: capability_preservation(loss, losses[task], self.store.header.epsilon, task)
-                for task, loss in self.reference_losses.items()
+                for task, loss in self.store.header.reference_losses.items()
             }
         except (AutoMergeError, MemoryError) as error:
             worst = max((trial.cost for trial in self.trials if trial.status != "failed"), default=10.0)
@@ -238,8 +254,7 @@ class _Loop:
             optimiser_seconds=optimiser_seconds,
         )
 
-    def _tell(self, trial: Trial, *, replayed: bool) -> None:
-        self.optimiser.tell(trial.number, trial.cost, failed=trial.status == "failed")
+    def _record(self, trial: Trial, *, replayed: bool) -> None:
         self.trials.append(trial)
         self.since_improvement += 1
         if trial.objective is not None:

@@ -80,23 +80,31 @@ class SearchSpace:
         plain = next((name for name in ("linear", "task_arithmetic") if name in self.techniques), None)
         if plain is None:
             return []
-        starts = []
-        for origin, weights in wanted:
-            if not all(low <= weight <= high for weight in weights):
+        return [
+            (origin, self._point(plain, weights))
+            for origin, weights in wanted
+            if all(low <= weight <= high for weight in weights)
+        ]
+
+    def average(self) -> dict[str, Any]:
+        """The point that gives every source the same weight, by the first technique at its defaults."""
+        weights = [1.0 / len(self.sources)] * len(self.sources)
+        return self._point(next(iter(self.techniques)), weights)
+
+    def _point(self, technique: str, weights: list[float]) -> dict[str, Any]:
+        """The point at which every block has one technique at its defaults and the same weights."""
+        values = weights if self.spec.weights == "independent" else _fractions(weights)
+        config: dict[str, Any] = {}
+        for block in self.blocks:
+            if not block.parameters:
                 continue
-            config: dict[str, Any] = {}
-            for block in self.blocks:
-                if not block.parameters:
-                    continue
-                if len(self.techniques) > 1:
-                    config[f"{block.name}/technique"] = plain
-                values = weights if self.spec.weights == "independent" else _fractions(weights)
-                config.update(zip(self._weight_keys(block), values, strict=True))
-                for name, users in self._searched().items():
-                    if plain in [technique for technique, _ in users]:
-                        config[f"{block.name}/{name}"] = users[0][1].default
-            starts.append((origin, config))
-        return starts
+            if len(self.techniques) > 1:
+                config[f"{block.name}/technique"] = technique
+            config.update(zip(self._weight_keys(block), values, strict=True))
+            for name, users in self._searched().items():
+                if technique in [user for user, _ in users]:
+                    config[f"{block.name}/{name}"] = users[0][1].default
+        return config
 
     def _recipe_block(self, block: Block, config: Mapping[str, Any]) -> RecipeBlock:
         technique = config.get(f"{block.name}/technique", next(iter(self.techniques)))

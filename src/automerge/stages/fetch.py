@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from automerge import storage
 from automerge.checkpoint.compatibility import check_compatibility
-from automerge.checkpoint.digest import sha256_file
 from automerge.checkpoint.info import TensorInfo
 from automerge.checkpoint.layout import peek_tensors
 from automerge.checkpoint.open import open_checkpoint
 from automerge.documents import digest_of
-from automerge.errors import CheckpointError, SpecError
+from automerge.errors import CheckpointError
 from automerge.spec import Spec
-from automerge.stages.manifest import MANIFEST, FileRecord, Input, Manifest
-from automerge.storage.store import ObjectInfo, fetch_all, list_objects, read_range
+from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
+from automerge.storage import ObjectInfo, list_objects, read_range
+from automerge.telemetry.metrics import observe_stage
 
 log = logging.getLogger(__name__)
 
@@ -33,24 +34,22 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         CheckpointError: a checkpoint is damaged or unsafe, the checkpoints do not fit each other, or a digest in the
             spec does not fit.
     """
-    earlier = _earlier(folder)
-    wanted = _wanted(spec)
-    listings = {item.name: list_objects(item.uri) for item in wanted}
-    _check_headers(spec, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
-
-    inputs = []
-    for item in wanted:
-        old = earlier.get(item.name)
-        if old is not None and old.uri == item.uri and _unchanged(folder, old, listings[item.name]):
-            log.info("%s: already here", item.name)
-            inputs.append(old)
-            continue
-        log.info("%s: fetching %s (%d files)", item.name, item.uri, len(listings[item.name]))
-        inputs.append(_fetch_one(item, listings[item.name], folder))
-    _check_expected(spec, inputs)
-    _check_fetched(spec, inputs, folder)
-    manifest = Manifest(spec=spec.digest(), inputs=inputs)
-    manifest.write(folder / MANIFEST)
+    with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
+        wanted = _wanted(spec)
+        listings = {item.name: list_objects(item.uri) for item in wanted}
+        _check_headers(spec, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
+        inputs, downloaded = [], 0
+        for item in wanted:
+            log.info("fetching %s from %s", item.name, item.uri)
+            fetched, transferred = _fetch_one(item, folder)
+            inputs.append(fetched)
+            downloaded += transferred
+        metrics.set("automerge_fetch_downloaded_bytes", downloaded)
+        metrics.set("automerge_fetch_size_bytes", sum(record.bytes for item in inputs for record in item.files))
+        _check_expected(spec, inputs)
+        _check_fetched(spec, inputs, folder)
+        manifest = Manifest(spec=spec.digest(), inputs=inputs)
+        manifest.write(folder / MANIFEST)
     return manifest
 
 
@@ -77,28 +76,6 @@ def _wanted(spec: Spec) -> list[_Wanted]:
         wanted.append(_Wanted(f"{task.name}/validation", "validation", task.validation, f"data/{task.name}/validation"))
         wanted.append(_Wanted(f"{task.name}/test", "test", task.test, f"data/{task.name}/test"))
     return wanted
-
-
-def _earlier(folder: Path) -> dict[str, Input]:
-    """What an earlier call left, by name; nothing if its manifest cannot be used."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    try:
-        return {item.name: item for item in Manifest.read(path).inputs}
-    except SpecError as error:
-        log.warning("fetching everything again: %s", error)
-        return {}
-
-
-def _unchanged(folder: Path, old: Input, listing: Sequence[ObjectInfo]) -> bool:
-    """Whether the listed objects are the files of an earlier fetch, still intact on disk."""
-    sizes = sorted((item.key.rsplit("/", 1)[-1], item.size) for item in listing)
-    if sizes != sorted((record.path.rsplit("/", 1)[-1], record.bytes) for record in old.files):
-        return False
-    return all(
-        (folder / record.path).is_file() and sha256_file(folder / record.path) == record.sha256 for record in old.files
-    )
 
 
 def _check_headers(spec: Spec, listings: Mapping[str, Sequence[ObjectInfo]]) -> None:
@@ -133,9 +110,12 @@ def _check_tensors(spec: Spec, tensors: Mapping[str, Mapping[str, TensorInfo]]) 
     check_compatibility(tensors[first], others, first, spec.private)
 
 
-def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path) -> Input:
+def _fetch_one(item: _Wanted, folder: Path) -> tuple[Input, int]:
+    """One input on local disk, and how many bytes of it had to be transferred."""
     target = folder / item.place
-    files = fetch_all(listing, target)
+    files = storage.fetch(item.uri, target)
+    for stale in sorted(path for path in target.rglob("*") if path.is_file() and path not in {file.path for file in files}):
+        stale.unlink()  # of an earlier fetch from another place: it would be taken for a part of this input
     path = files[0].path if len(files) == 1 else target
     records = [FileRecord(path=_relative(file.path, folder), bytes=file.size, sha256=file.sha256) for file in files]
     if item.is_checkpoint:
@@ -143,9 +123,10 @@ def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path) -> In
             digest = checkpoint.digest()
     else:
         digest = digest_of({_relative(file.path, target): file.sha256 for file in files})
-    return Input(
+    fetched = Input(
         name=item.name, role=item.role, uri=item.uri, path=_relative(path, folder), digest=digest, files=records
     )
+    return fetched, sum(file.transferred for file in files)
 
 
 def _check_expected(spec: Spec, inputs: Sequence[Input]) -> None:

@@ -52,7 +52,7 @@ class S3Server:
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
         }
 
     def client(self) -> Any:
@@ -93,7 +93,7 @@ def start_s3(folder: Path, bucket: str = "models") -> S3Server:
     Call it from a thread that lives as long as the server should: the kernel kills the server with that thread.
 
     Args:
-        folder: where it keeps its data, its configuration and ``server.log``; what is there from before is served again.
+        folder: where it keeps its data, configuration and ``server.log``; data from before is served again.
         bucket: the bucket to make.
 
     Raises:
@@ -115,11 +115,13 @@ def start_s3(folder: Path, bucket: str = "models") -> S3Server:
     configuration.write_text(json.dumps({"identities": [identity]}))
     data = folder / "data"
     data.mkdir(exist_ok=True)
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
     names = ["master", "volume", "filer", "s3"]
     ports = dict(zip([f"{name}.port{kind}" for name in names for kind in ("", ".grpc")], _free_ports(8), strict=True))
     command = [
         binary,
-        f"-logdir={folder}",
+        f"-logdir={logs}",
         "server",
         "-s3",
         f"-dir={data}",
@@ -127,7 +129,9 @@ def start_s3(folder: Path, bucket: str = "models") -> S3Server:
         "-ip.bind=127.0.0.1",
         "-s3.ip.bind=127.0.0.1",
         *(f"-{flag}={port}" for flag, port in ports.items()),
+        # These two would listen on fixed ports.
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         f"-s3.config={configuration}",
         "-master.electionTimeout=1s",
         "-master.heartbeatInterval=100ms",

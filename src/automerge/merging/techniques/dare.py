@@ -55,7 +55,7 @@ def dare_linear(
 ) -> torch.Tensor:
     """b + lambda * sum(w_i * dropped(d_i)), not normalised."""
     merged = weighted_sum(_dropped(inputs, density, rescale), weights)
-    return merged.mul_(lambda_).add_(inputs.base)
+    return inputs.base_plus(merged * lambda_)
 
 
 @technique(
@@ -73,4 +73,4 @@ def dare_ties(
 ) -> torch.Tensor:
     """b + lambda * the sum of the w_i * dropped(d_i) that agree with the elected sign: no trim, not normalised."""
     merged = sum_of_agreeing(_dropped(inputs, density, rescale), weights, normalize=False)
-    return merged.mul_(lambda_).add_(inputs.base)
+    return inputs.base_plus(merged * lambda_)

@@ -36,4 +36,4 @@ def _canonical(settings: Settings) -> Settings:
 def task_arithmetic(inputs: TensorInputs, weights: Sequence[float], *, lambda_: float) -> torch.Tensor:
     """b + lambda * sum(w_i * d_i), not normalised."""
     merged = weighted_sum(inputs.deltas, weights)
-    return merged.mul_(lambda_).add_(inputs.base)
+    return inputs.base_plus(merged * lambda_)

@@ -53,4 +53,4 @@ def ties(
     """b + lambda * the sum of the trimmed w_i * d_i that agree with the elected sign, normalised by their weights."""
     trimmed = [trim(delta, density) for delta in inputs.deltas]
     merged = sum_of_agreeing(trimmed, weights, normalize=normalize)
-    return merged.mul_(lambda_).add_(inputs.base)
+    return inputs.base_plus(merged * lambda_)

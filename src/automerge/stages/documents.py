@@ -1,4 +1,4 @@
-"""manifest.json and merged.json: what a run was given, what it made, and where each file of it lies."""
+"""manifest.json, merged.json, registration.json: what a run was given and made; and the names of all documents."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from automerge.documents import Document, Model
+from automerge.registry.registry import RegisteredVersion
 
 MANIFEST = "manifest.json"
 MERGED = "merged.json"
@@ -66,3 +67,12 @@ class Merged(Document):
     digest: str = Field(description="Digest of the merged weights.")
     parameter_count: int
     files: list[FileRecord]
+
+
+class Registration(Document):
+    """registration.json: the version under which the merged model is registered."""
+
+    FORMAT: ClassVar[str] = "automerge/registration"
+
+    recipe: str = Field(description="Digest of the recipe: the key of the registration.")
+    registered: RegisteredVersion

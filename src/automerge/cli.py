@@ -1,0 +1,263 @@
+"""The command line: one command a stage, and `automerge run`, which is all of them in a row.
+
+Heavy imports happen inside the commands, so that `automerge --help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from automerge.errors import AutoMergeError, SpecError
+from automerge.spec import Spec, json_schema, load_spec
+
+if TYPE_CHECKING:
+    from automerge.searching.search import SearchProgress
+
+GATE_FAILED = 3
+"""Exit code of a run whose merged model the quality gate refused."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, by the shell's convention."""
+
+_SPEC = click.argument("spec", type=click.Path(path_type=Path))
+_OUTPUT = click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Folder of the run; each stage has a folder of its own in it. Default: runs/<name>.",
+)
+
+
+def main() -> None:
+    """Entry point: every error a user can cause is one sentence on stderr."""
+    try:
+        cli(standalone_mode=False)
+    except AutoMergeError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("automerge-models"), prog_name="automerge")
+@click.option("--log-format", type=click.Choice(["human", "json"]), default="human", envvar="AUTOMERGE_LOG_FORMAT")
+@click.option(
+    "--log-level",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+    default="INFO",
+    envvar="AUTOMERGE_LOG_LEVEL",
+)
+def cli(log_format: str, log_level: str) -> None:
+    """Merge N fine-tuned models of one architecture into one multi-task model, without training."""
+    from automerge.telemetry.logs import configure_logs
+
+    configure_logs("json" if log_format == "json" else "human", log_level.upper())
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False), default=Path("automerge.yaml"))
+def init(path: Path) -> None:
+    """Write a commented spec to start from."""
+    if path.exists():
+        raise SpecError(f"{path}: exists already", "name another file")
+    template = Path(__file__).with_name("spec_template.yaml").read_text()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(template)
+    click.echo(f"wrote {path}; edit it, then: automerge validate {path}")
+
+
+@cli.command()
+@_SPEC
+def validate(spec: Path) -> None:
+    """Check a spec: its form, and that every plug-in, loss and metric in it exists."""
+    from automerge.stages.inputs import check_plugins
+
+    loaded = load_spec(spec)
+    for notice in check_plugins(loaded):
+        click.echo(f"notice: {notice}", err=True)
+    click.echo(f"{spec}: valid ({len(loaded.sources)} sources, {len(loaded.tasks)} tasks)")
+
+
+@cli.command()
+@click.option("--all", "folder", type=click.Path(path_type=Path, file_okay=False), help="Write every schema here.")
+def schema(folder: Path | None) -> None:
+    """Print the spec's JSON schema, or write those of all documents."""
+    if folder is None:
+        click.echo(json.dumps(json_schema(), indent=2))
+        return
+    from automerge.stages.schemas import write_schemas
+
+    for path in write_schemas(folder):
+        click.echo(path)
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+def fetch(spec: Path, output: Path | None) -> None:
+    """Bring all checkpoints and data to local disk, verified."""
+    from automerge.stages.fetch import fetch as stage
+
+    loaded, run = _begin(spec, output)
+    manifest = stage(loaded, run / "fetch")
+    for item in manifest.inputs:
+        click.echo(f"{item.name:24} {item.digest[:16]}  {sum(file.bytes for file in item.files):>14,} bytes  {item.uri}")
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+@click.option("--granularity", type=click.Choice(["transition", "layer", "tensor", "whole"]), help="Instead of the spec's.")
+def segment(spec: Path, output: Path | None, granularity: str | None) -> None:
+    """Cut the architecture into blocks and print them."""
+    from automerge.report.console import print_segmentation
+    from automerge.stages.segment import segment as stage
+
+    loaded, run = _begin(spec, output)
+    if granularity is not None:
+        loaded = Spec.model_validate({**loaded.model_dump(), "segmentation": {"granularity": granularity}})
+    print_segmentation(stage(loaded, run / "fetch", run / "segment"))
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+@click.option("--resume", is_flag=True, help="Go on with a search that was interrupted.")
+def search(spec: Path, output: Path | None, resume: bool) -> None:
+    """Search for the best recipe."""
+    from automerge.stages.search import search as stage
+
+    loaded, run = _begin(spec, output)
+    with _live_progress(loaded) as progress:
+        result = stage(loaded, run / "fetch", run / "segment", run / "search", resume=resume, progress=progress)
+    click.echo(
+        f"best: trial {result.best.number} of {len(result.trials)}, objective {result.best.objective:.4f}; "
+        f"recipe in {run / 'search' / 'recipe.json'}"
+    )
+    if result.stopped == "interrupted":
+        click.echo("interrupted: nothing is lost; go on with --resume", err=True)
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="A recipe instead of the one that the search of this run found."
+)
+def merge(spec: Path, output: Path | None, recipe: Path | None) -> None:
+    """Write the merged checkpoint that a recipe describes; needs no data."""
+    from automerge.stages.merge import merge as stage
+
+    loaded, run = _begin(spec, output)
+    merged = stage(loaded, run / "fetch", recipe or run / "search" / "recipe.json", run / "merge")
+    click.echo(f"merged {merged.parameter_count:,} parameters into {run / 'merge'} (digest {merged.digest[:16]})")
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+def evaluate(spec: Path, output: Path | None) -> None:
+    """Measure the merged model on the test data: PR and PD against its sources and the baselines."""
+    from automerge.report.console import print_evaluation
+    from automerge.stages.evaluate import evaluate as stage
+
+    loaded, run = _begin(spec, output)
+    evaluation = stage(
+        loaded, run / "fetch", run / "segment", run / "search", run / "merge", run / "evaluate"
+    )
+    print_evaluation(evaluation, run / "evaluate" / "report.html")
+    if evaluation.gate.verdict == "fail":
+        sys.exit(GATE_FAILED)
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+def register(spec: Path, output: Path | None) -> None:
+    """Register the merged model with its lineage."""
+    from automerge.stages.register import register as stage
+
+    loaded, run = _begin(spec, output)
+    version = stage(
+        loaded, run / "fetch", run / "segment", run / "search", run / "merge", run / "evaluate", run / "register"
+    )
+    state = "registered" if version.created else "already registered"
+    click.echo(f"{state}: {version.model} version {version.version} ({version.uri})")
+
+
+@cli.command()
+@_SPEC
+@_OUTPUT
+@click.option("--resume", is_flag=True, help="Go on in a folder where a run was interrupted.")
+def run(spec: Path, output: Path | None, resume: bool) -> None:
+    """Run all stages: fetch, segment, search, merge, evaluate, register."""
+    from automerge.report.console import print_evaluation
+    from automerge.stages.run import run as run_stages
+
+    loaded, folder = _begin(spec, output)
+    with _live_progress(loaded) as progress:
+        outcome = run_stages(loaded, folder, resume=resume, progress=progress)
+    if outcome.search.stopped == "interrupted":
+        click.echo("interrupted: nothing is lost; go on with --resume", err=True)
+        sys.exit(INTERRUPTED)
+    assert outcome.evaluation is not None  # noqa: S101 - only an interrupted run has none
+    print_evaluation(outcome.evaluation, folder / "evaluate" / "report.html")
+    if outcome.registration is None:
+        sys.exit(GATE_FAILED)
+    state = "registered" if outcome.registration.created else "already registered"
+    click.echo(f"{state}: {outcome.registration.model} version {outcome.registration.version}")
+
+
+def _begin(spec: Path, output: Path | None) -> tuple[Spec, Path]:
+    loaded = load_spec(spec)
+    return loaded, output if output is not None else Path("runs") / loaded.name
+
+
+@contextmanager
+def _live_progress(spec: Spec) -> "Iterator[Callable[[SearchProgress], None]]":
+    """A live line on a terminal (trial, best, time left, CP by task); elsewhere one log line for every tenth trial."""
+    import logging
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        log = logging.getLogger("automerge.search")
+
+        def line(event: "SearchProgress") -> None:
+            if not event.replayed and (event.done % 10 == 0 or event.done == event.total):
+                log.info("trial %d of %d, %s", event.done, event.total, _best_text(event))
+
+        yield line
+        return
+    columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        handle: list[Any] = []
+
+        def update(event: "SearchProgress") -> None:
+            if not handle:
+                handle.append(bar.add_task("", total=event.total))
+            bar.update(handle[0], completed=event.done, description=_best_text(event))
+
+        yield update
+
+
+def _best_text(event: "SearchProgress") -> str:
+    if event.best is None or event.best.objective is None:
+        return "no trial succeeded yet"
+    cp = ", ".join(f"{task} {value:.3f}" for task, value in event.best.cp.items())
+    return f"best {event.best.objective:.4f} (CP {cp})"

@@ -1,0 +1,171 @@
+"""From a recipe to steps, one per merged tensor; whether the recipe fits its inputs is decided here, from names, shapes
+and dtypes alone, before anything is computed or written.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from automerge.checkpoint.info import TensorInfo
+from automerge.errors import MergeError
+from automerge.merging.apply import output_dtype
+from automerge.merging.recipe import BASE, Recipe, RecipeBlock, merged_names, stored_names
+from automerge.merging.technique import load_technique, validate_settings
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor to merge.
+
+    Attributes:
+        name: its name in the merged model.
+        block: its block.
+        sources: source -> the name under which that source holds it: its own, or that of a tied alias.
+        base: the same for the base; None where there is no base, or the base lacks it or keeps it private.
+        aliases: the names that are tied to it in the merged model.
+        info: dtype and shape of the merged tensor.
+    """
+
+    name: str
+    block: RecipeBlock
+    sources: dict[str, str]
+    base: str | None
+    aliases: tuple[str, ...]
+    info: TensorInfo
+
+
+def plan_merge(
+    recipe: Recipe,
+    base: Mapping[str, TensorInfo] | None,
+    sources: Mapping[str, Mapping[str, TensorInfo]],
+) -> list[Step]:
+    """Check a recipe against its inputs, and say what to do for each merged tensor.
+
+    Every tensor of every source is in exactly one block, is private to it, or is the alias of a tied one; every tensor
+    of a block is in every source (and in the base, where a technique uses it) with one shape; every block satisfies
+    its technique's declaration.
+
+    Args:
+        recipe: what to check.
+        base: dtype and shape of the base's tensors, or None.
+        sources: the same, by source; in any order.
+
+    Returns:
+        one step per merged tensor, sorted by name; within a step the sources have the recipe's order.
+
+    Raises:
+        PluginError: a technique is unknown.
+        MergeError: anything else; the first ten names are given, and how many there are.
+    """
+    names = recipe.source_names
+    _refuse("sources named twice", [name for name, count in Counter(names).items() if count > 1])
+    if sorted(sources) != sorted(names):
+        raise MergeError(
+            f"the recipe's sources are {', '.join(names)}, got {', '.join(sources)}", "pass the recipe's sources"
+        )
+    if (base is None) != (recipe.base is None):
+        found = "a base was passed" if recipe.base is None else "no base was passed"
+        raise MergeError(
+            f"the recipe has {'a' if recipe.base else 'no'} base and {found}", "pass the inputs that the recipe names"
+        )
+    if BASE in names:
+        raise MergeError(f"no source can be called {BASE!r}, which is the name of the base", "rename the source")
+    owners = [*names, BASE]
+    _refuse("private tensors for unknown sources", [name for name in recipe.private if name not in owners])
+    if base is None and recipe.private.get(BASE):
+        raise MergeError("the recipe has private tensors of the base and no base", "remove them")
+
+    _refuse("blocks named twice", [n for n, c in Counter(block.name for block in recipe.blocks).items() if c > 1])
+    for block in recipe.blocks:
+        validate_settings(block.settings, sources=names, has_base=base is not None, where=f"block {block.name!r}")
+    merged = Counter(merged_names(recipe))
+    _refuse("tensors in more than one block", [name for name, count in merged.items() if count > 1])
+    _refuse("tied tensors that are also in a block", [alias for alias in recipe.tied if alias in merged])
+    private = {name for tensors in recipe.private.values() for name in tensors}
+    _refuse(
+        "tied tensors whose counterpart is neither in a block nor private",
+        [f"{alias} -> {target}" for alias, target in recipe.tied.items() if target not in {*merged, *private}],
+    )
+
+    stored = {}
+    for name in names:
+        stored[name] = _validate_coverage(recipe, f"source {name!r}", name, merged, sources[name])
+    base_stored: dict[str, str] = {}
+    if base is not None:
+        base_stored = _validate_coverage(recipe, "the base", BASE, {}, base)
+    steps = []
+    for block in recipe.blocks:
+        requires_base = load_technique(block.technique).declaration.requires_base
+        absent = [name for name in block.parameters if name not in base_stored] if requires_base else []
+        _refuse(f"tensors of block {block.name!r} that the base lacks", absent)
+        for name in (*block.parameters, *block.buffers):
+            infos = {source: sources[source][stored[source][name]] for source in names}
+            shapes = {f"source {source!r}": info.shape for source, info in infos.items()}
+            if base is not None and name in base_stored:
+                shapes["the base"] = base[base_stored[name]].shape
+            if len(set(shapes.values())) > 1:
+                listed = ", ".join(f"{list(shape)} in {owner}" for owner, shape in shapes.items())
+                raise MergeError(f"tensor {name!r} has the shapes {listed}", "declare it as private")
+            dtype = output_dtype(name, {source: info.torch_dtype for source, info in infos.items()}, recipe.dtype)
+            steps.append(
+                Step(
+                    name=name,
+                    block=block,
+                    sources={source: stored[source][name] for source in names},
+                    base=base_stored.get(name),
+                    aliases=tuple(sorted(alias for alias, target in recipe.tied.items() if target == name)),
+                    info=TensorInfo(str(dtype).removeprefix("torch."), infos[names[0]].shape),
+                )
+            )
+    return sorted(steps, key=lambda step: step.name)
+
+
+def refuse_untied(
+    step: Step, owner: str, stored: str, names: Container[str], read: Callable[[str], torch.Tensor]
+) -> None:
+    """Raise where a checkpoint holds a tied tensor and its alias with different values: merging would lose one.
+
+    Args:
+        step: the tensor.
+        owner: whose checkpoint it is, for the error.
+        stored: the name under which the checkpoint holds the tensor.
+        names: all names in the checkpoint.
+        read: how to read one.
+
+    Raises:
+        MergeError: the values differ.
+    """
+    for alias in step.aliases:
+        if alias != stored and alias in names and not torch.equal(read(stored), read(alias)):
+            raise MergeError(
+                f"{owner}: the tensors {stored!r} and {alias!r} are tied in the model, and their values differ",
+                "untie them in the model's configuration, or pass a checkpoint in which they are equal",
+            )
+
+
+def _validate_coverage(
+    recipe: Recipe, owner: str, key: str, needed: Mapping[str, int], infos: Mapping[str, TensorInfo]
+) -> dict[str, str]:
+    """Check one checkpoint's names; returns under which name it holds each merged tensor."""
+    private = recipe.private.get(key, [])
+    stored = {name: held for name, held in stored_names(recipe, infos).items() if name not in private}
+    _refuse(f"private tensors that {owner} lacks", [name for name in private if name not in infos])
+    if needed:
+        _refuse(f"private tensors of {owner} that are also in a block", [name for name in private if name in needed])
+        _refuse(f"tensors of the recipe that {owner} lacks", [name for name in needed if name not in stored])
+    known = {*stored.values(), *stored, *private, *recipe.tied}
+    _refuse(
+        f"tensors of {owner} that are neither in a block nor private nor tied",
+        [name for name in infos if name not in known],
+    )
+    return stored
+
+
+def _refuse(what: str, names: Sequence[str]) -> None:
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        raise MergeError(f"{len(names)} {what}: {shown}", "segment the model again and write a new recipe")

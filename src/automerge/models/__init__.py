@@ -1,0 +1,1 @@
+"""Models: making a checkpoint run, and exporting it to ONNX."""

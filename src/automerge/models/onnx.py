@@ -1,0 +1,225 @@
+"""ONNX: export a module with a dynamic batch, and check the file against torch."""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automerge.errors import AutoMergeError, MissingExtraError, ModelError
+from automerge.models.architecture import Architecture, short_reason
+
+MAX_INLINE_BYTES = 1_900_000_000
+"""Weights above this go to a file of their own: a protobuf message holds at most 2 GiB, and the graph needs room too."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest accepted difference to torch, in units of max(1, largest absolute logit), by the module's dtype.
+
+Sums are taken in another order by another library: a float32 network of some tens of layers differs by about 1e-6, a wrong
+graph by 1e-1 and more. For half precision the unit of rounding is 1e-3 (float16) and 8e-3 (bfloat16).
+"""
+
+
+def export_onnx(
+    architecture: Architecture,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    path: Path,
+    *,
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+) -> None:
+    """Write a module as ONNX: its inputs by name to one output ``logits``, all with a dynamic first dimension ``batch``.
+
+    The second dimension of integer inputs (a sequence of tokens) is dynamic too where the model allows it. The file is
+    self-contained up to ``max_inline_bytes`` of weights; above that the weights lie beside it in ``<name>.data``. Initializers
+    keep the names of the module's state where the exporter does not transform them. Nothing of this machine (paths, stack
+    traces) is in the file, and equal weights give equal bytes.
+
+    Args:
+        architecture: knows how the module is called.
+        module: in evaluation mode, with its weights.
+        inputs: one batch [n, ...] by name, n >= 1, on the module's device.
+        path: the file to write; replaced if it exists.
+
+    Raises:
+        ModelError: the model cannot be exported.
+        MissingExtraError: the exporter is not installed.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
+        raise MissingExtraError("ONNX export", "onnx")
+    import onnx_ir
+
+    # The tracer would take a batch of 1 for a constant.
+    example = {name: tensor if len(tensor) > 1 else torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+    batch = torch.export.Dim("batch")
+    shapes: dict[str, dict[int, Any]] = {
+        name: {0: batch, 1: torch.export.Dim.AUTO} if not tensor.is_floating_point() and tensor.ndim == 2 else {0: batch}
+        for name, tensor in example.items()
+    }
+    try:
+        with _quiet(), torch.no_grad(), architecture.exporting(module):
+            program = torch.onnx.export(
+                _Logits(architecture, module).eval(),
+                (),
+                kwargs={"inputs": example},
+                input_names=list(example),
+                output_names=["logits"],
+                dynamic_shapes={"inputs": shapes},
+                dynamo=True,
+                verbose=False,
+            )
+        if program is None:
+            raise ModelError("the exporter returned nothing")
+    except Exception as error:
+        reason = error.problem if isinstance(error, AutoMergeError) else short_reason(_innermost(error))
+        raise ModelError(f"the model cannot be exported to ONNX: {reason}", "use the checkpoint, or set onnx: false") from error
+    graph = program.model
+    _strip(graph)
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    data = path.with_name(path.name + ".data")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _quiet():
+            onnx_ir.save(graph, folder / path.name, external_data=data.name if size > max_inline_bytes else None)
+        if (folder / data.name).exists():
+            (folder / data.name).replace(data)
+        else:
+            data.unlink(missing_ok=True)
+        (folder / path.name).replace(path)
+    except Exception as error:
+        raise ModelError(f"{path}: the ONNX file cannot be written: {short_reason(error)}", "make room, and try again") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_onnx(
+    path: Path, architecture: Architecture, module: nn.Module, batches: Iterable[Mapping[str, Tensor]]
+) -> float:
+    """Check a file with onnx.checker, run it with onnxruntime on the CPU, and compare its logits with torch's.
+
+    Args:
+        path: the ONNX file.
+        architecture: knows how the module is called.
+        module: what was exported, in evaluation mode.
+        batches: inputs [n, ...] by name, on the module's device; n may differ from the export's.
+
+    Returns:
+        The largest absolute difference of a logit.
+
+    Raises:
+        ModelError: the file is not valid, does not run, or differs by more than ``TOLERANCES``.
+        MissingExtraError: onnx or onnxruntime is not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("the check of an ONNX file", "onnx") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    largest, scale = 0.0, 1.0
+    try:
+        onnx.checker.check_model(str(path))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = {item.name for item in session.get_inputs()}
+        for inputs in batches:
+            feed = {name: tensor.cpu().numpy() for name, tensor in inputs.items() if name in names}
+            found = torch.from_numpy(session.run(["logits"], feed)[0]).double()
+            with torch.inference_mode():
+                expected = architecture.call(module, inputs).cpu().double()
+            if found.shape != expected.shape:
+                raise ModelError(f"it returns {list(found.shape)} where torch returns {list(expected.shape)}")
+            if not bool(torch.isfinite(found).all()):
+                raise ModelError("it returns values that are not finite")
+            largest = max(largest, float((found - expected).abs().max()))
+            scale = max(scale, float(expected.abs().max()))
+    except Exception as error:
+        reason = error.problem if isinstance(error, AutoMergeError) else short_reason(error)
+        raise ModelError(f"{path.name}: the ONNX file does not do what the model does: {reason}", "use the checkpoint") from error
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32)
+    limit = TOLERANCES.get(dtype, 1e-4) * scale
+    if not largest <= limit:
+        raise ModelError(
+            f"{path.name}: the ONNX file's logits differ from torch's by up to {largest:.3g}, more than {limit:.3g}",
+            "use the checkpoint",
+        )
+    return largest
+
+
+class _Logits(nn.Module):
+    """The architecture's way of calling its module, as a module with one output."""
+
+    def __init__(self, architecture: Architecture, module: nn.Module) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.module = module
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.architecture.call(self.module, inputs)
+
+
+def _strip(graph: Any) -> None:
+    """Remove what only describes this machine and this run, and the wrapper's prefix of the weights' names."""
+    graph.metadata_props.clear()
+    graph.graph.metadata_props.clear()
+    graph.doc_string = None
+    graph.graph.doc_string = None
+    scopes = [graph.graph, *graph.functions.values()]
+    for scope in scopes:
+        for value in scope.inputs:
+            value.metadata_props.clear()
+        for node in scope.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+    for value in list(graph.graph.initializers.values()):
+        value.metadata_props.clear()
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
+        if value.name.startswith("module."):
+            value.name = value.name.removeprefix("module.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress, warnings and log lines."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    nested = [
+        logger
+        for name, logger in sorted(logging.root.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and name.startswith(("torch.", "onnxscript.", "onnx_ir."))
+    ]
+    levels = [(logger, logger.level, logger.disabled) for logger in (*loggers, *nested)]
+    for logger, _, _ in levels:
+        logger.disabled = True
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level, disabled in levels:
+            logger.setLevel(level)
+            logger.disabled = disabled
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The exception that began the chain: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

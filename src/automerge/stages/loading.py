@@ -1,0 +1,132 @@
+"""Loaded checkpoints and the recipe around them: what search and evaluate share."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock
+from automerge.models.heads import Heads
+from automerge.searching.evaluator import MeasuredTask
+from automerge.segmenting.segmentation import Block, Segmentation
+from automerge.spec import Spec
+from automerge.stages.inputs import Inputs, private_names
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All checkpoints of a run in memory.
+
+    Attributes:
+        inputs: where they come from.
+        device: where they are.
+        tensors: tensors by checkpoint (a source's name, or ``base``) and by name, aliases of tied ones included.
+        private: names of each checkpoint's private tensors.
+    """
+
+    inputs: Inputs
+    device: torch.device
+    tensors: dict[str, Tensors]
+    private: dict[str, list[str]]
+
+    @classmethod
+    def load(cls, inputs: Inputs, device: torch.device) -> "Loaded":
+        """Read every tensor of every checkpoint onto the device.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        with ExitStack() as stack:
+            base, sources = inputs.open_checkpoints(stack)
+            opened = sources if base is None else {BASE: base, **sources}
+            tensors = {
+                owner: {name: checkpoint.read(name).to(device) for name in checkpoint.tensors}
+                for owner, checkpoint in opened.items()
+            }
+            return cls(inputs, device, tensors, private_names(inputs.spec.private, opened))
+
+    @property
+    def base(self) -> Tensors | None:
+        """The base's tensors; None without a base."""
+        return self.tensors.get(BASE)
+
+    @property
+    def sources(self) -> dict[str, Tensors]:
+        """The sources' tensors, in the spec's order."""
+        return {source.name: self.tensors[source.name] for source in self.inputs.spec.sources}
+
+    def shared(self, owner: str) -> Tensors:
+        """The tensors of a checkpoint that are not private."""
+        private = set(self.private[owner])
+        return {name: tensor for name, tensor in self.tensors[owner].items() if name not in private}
+
+    def heads(self, shared: Mapping[str, torch.Tensor], references: Sequence[str] | None = None) -> Heads:
+        """Modules over shared tensors, one for the private tensors of each reference."""
+
+        def build(reference: str) -> nn.Module:
+            return self.inputs.architecture.build(reference, self.inputs.arguments(reference))
+
+        own = {
+            reference: {name: self.tensors[reference][name] for name in self.private[reference]}
+            for reference in (references if references is not None else self.inputs.references)
+        }
+        return Heads(build, own, shared, self.device)
+
+    def measured(self, split: str) -> dict[str, MeasuredTask]:
+        """Every task with its ``validation`` or ``test`` data, by name."""
+        return {
+            task.name: MeasuredTask(
+                task=self.inputs.task(task),
+                reference=self.inputs.spec.reference_of(task),
+                data=self.inputs.data(task, split),
+                batch_size=task.batch_size,
+            )
+            for task in self.inputs.spec.tasks
+        }
+
+    def recipe(self, segmentation: Segmentation, blocks: Sequence[RecipeBlock], *, uses_base: bool = True) -> Recipe:
+        """A recipe of these inputs with the given blocks."""
+        digests = self.inputs.manifest.digests()
+        spec = self.inputs.spec
+        return Recipe(
+            release=version("automerge-models"),
+            base=InputDigest(name=BASE, digest=digests[BASE]) if spec.base is not None and uses_base else None,
+            sources=[InputDigest(name=source.name, digest=digests[source.name]) for source in spec.sources],
+            seed=spec.search.seed,
+            dtype=spec.merge.dtype,
+            integer_buffers=spec.merge.integer_buffers,
+            blocks=list(blocks),
+            tied=segmentation.tied,
+            private={owner: names for owner, names in self.private.items() if names},
+        )
+
+
+def mergeable_blocks(segmentation: Segmentation, private: Mapping[str, Sequence[str]]) -> list[Block]:
+    """The blocks without their private tensors; those with nothing left are dropped."""
+    names = {name for owned in private.values() for name in owned}
+    kept = []
+    for block in segmentation.blocks:
+        parameters = [name for name in block.parameters if name not in names]
+        buffers = [name for name in block.buffers if name not in names]
+        if parameters or buffers:
+            kept.append(block.model_copy(update={"parameters": parameters, "buffers": buffers}))
+    return kept
+
+
+def prepare_compute(spec: Spec) -> torch.device:
+    """Set torch's threads and determinism as the spec says; returns the device.
+
+    Raises:
+        ModelError: the device is not there.
+    """
+    from automerge.stages.inputs import pick_device
+
+    if spec.compute.threads is not None:
+        torch.set_num_threads(spec.compute.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return pick_device(spec.compute.device)

@@ -1,0 +1,61 @@
+"""run: the whole flow, six calls in a row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from automerge.preservation import Evaluation
+from automerge.registry.registry import RegisteredVersion
+from automerge.searching.search import SearchProgress, SearchResult
+from automerge.spec import Spec
+from automerge.stages.documents import RECIPE
+from automerge.stages.evaluate import evaluate
+from automerge.stages.fetch import fetch
+from automerge.stages.merge import merge
+from automerge.stages.register import register
+from automerge.stages.search import search
+from automerge.stages.segment import segment
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        search: the search's outcome.
+        evaluation: None if the search was interrupted.
+        registration: None if the search was interrupted or the quality gate refused the model.
+    """
+
+    search: SearchResult
+    evaluation: Evaluation | None = None
+    registration: RegisteredVersion | None = None
+
+
+def run(
+    spec: Spec, folder: Path, *, resume: bool = False, progress: Callable[[SearchProgress], None] | None = None
+) -> RunResult:
+    """Fetch, segment, search, merge, evaluate and register, each stage in a folder of its own below ``folder``.
+
+    Args:
+        spec: the spec.
+        folder: the run's folder.
+        resume: go on with a search that was begun in ``folder``.
+        progress: called after each trial of the search.
+
+    Raises:
+        AutoMergeError: what any of the stages raises.
+    """
+    inputs, blocks, found, model, measured = (
+        folder / stage for stage in ("fetch", "segment", "search", "merge", "evaluate")
+    )
+    fetch(spec, inputs)
+    segment(spec, inputs, blocks)
+    result = search(spec, inputs, blocks, found, resume=resume, progress=progress)
+    if result.stopped == "interrupted":
+        return RunResult(result)
+    merge(spec, inputs, found / RECIPE, model)
+    evaluation = evaluate(spec, inputs, blocks, found, model, measured)
+    if evaluation.gate.verdict == "fail":
+        return RunResult(result, evaluation)
+    return RunResult(result, evaluation, register(spec, inputs, blocks, found, model, measured, folder / "register"))

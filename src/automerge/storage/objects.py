@@ -1,0 +1,40 @@
+"""What the stores return."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object of a store.
+
+    Attributes:
+        uri: where it is.
+        key: its name relative to the URI that was listed; the base name if that was the object itself.
+        size: bytes.
+        etag: changes whenever the content does.
+    """
+
+    uri: str
+    key: str
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class DownloadedFile:
+    """One object that is now a local file.
+
+    Attributes:
+        path: the file.
+        size: bytes.
+        sha256: of its content (hex), computed from the file.
+        uri: where it came from.
+        transferred: bytes that this call fetched; less than ``size`` where a download was resumed or not needed.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    uri: str
+    transferred: int

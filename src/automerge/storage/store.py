@@ -1,0 +1,146 @@
+"""One interface for every place where files are: a URI in, local files and errors of one kind out."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from automerge.errors import StorageError
+from automerge.plugins import nearest
+from automerge.storage import local, s3
+from automerge.storage.objects import DownloadedFile, ObjectInfo
+
+__all__ = [
+    "DownloadedFile",
+    "ObjectInfo",
+    "Store",
+    "download",
+    "fetch",
+    "fetch_all",
+    "list_objects",
+    "read_range",
+    "schemes",
+    "upload",
+]
+
+# Objects fetched at a time; each large one is itself fetched in parallel parts.
+_PARALLEL_OBJECTS = 4
+
+
+class Store(Protocol):
+    """What the module of a scheme has to offer; each raises StorageError in one sentence."""
+
+    def list_objects(self, uri: str) -> list[ObjectInfo]: ...
+    def read_range(self, uri: str, start: int, stop: int) -> bytes: ...
+    def download(self, uri: str, destination: Path, sha256: str | None = None) -> DownloadedFile: ...
+    def upload_file(self, path: Path, uri: str) -> ObjectInfo: ...
+
+
+_STORES: dict[str, Store] = {"file": local, "s3": s3}
+
+
+def list_objects(uri: str) -> list[ObjectInfo]:
+    """List a file or object, or everything below a folder or prefix, sorted by key.
+
+    Raises:
+        StorageError: nothing is there, or it cannot be read.
+    """
+    return _store(uri).list_objects(uri)
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Read the bytes ``start`` (inclusive) to ``stop`` (exclusive) of a file or object; fewer only at its end.
+
+    Raises:
+        StorageError: it is not there, or cannot be read.
+    """
+    return _store(uri).read_range(uri, start, stop)
+
+
+def download(uri: str, destination: Path, sha256: str | None = None) -> DownloadedFile:
+    """Make one file or object the local file ``destination``, under a temporary name until it is whole and verified.
+
+    From S3: in parallel parts, resumed where an earlier attempt stopped, skipped where the file is there already. The
+    content is checked against ``sha256``, and against the digest that the store holds.
+
+    Args:
+        uri: what to get.
+        destination: the file to write.
+        sha256: the digest (hex) that the content must have.
+
+    Raises:
+        StorageError: it is not there, cannot be read, was replaced meanwhile, or has another digest.
+    """
+    return _store(uri).download(uri, destination, sha256)
+
+
+def fetch(uri: str, folder: Path) -> list[DownloadedFile]:
+    """Download a file or object, or everything below a folder or prefix, into a local folder by relative name.
+
+    Returns:
+        The files, sorted by relative name.
+
+    Raises:
+        StorageError: as :func:`download`; also if a key would leave the folder.
+    """
+    return fetch_all(list_objects(uri), folder)
+
+
+def fetch_all(objects: Sequence[ObjectInfo], folder: Path) -> list[DownloadedFile]:
+    """Download what was listed into a local folder, each object by its key, several at a time.
+
+    Returns:
+        The files, in the order of ``objects``.
+
+    Raises:
+        StorageError: as :func:`fetch`.
+    """
+    for entry in objects:
+        if any(part in ("", ".", "..") for part in entry.key.split("/")) or "\0" in entry.key:
+            raise StorageError(f"{entry.uri}: its key {entry.key!r} is no name for a local file", "rename the object")
+    with ThreadPoolExecutor(max_workers=_PARALLEL_OBJECTS) as pool:
+        futures = [pool.submit(download, entry.uri, folder / entry.key) for entry in objects]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def upload(path: Path, uri: str) -> list[ObjectInfo]:
+    """Copy a file to a URI (into it if it ends in a slash), or every file of a folder below a URI.
+
+    Returns:
+        What was written; keys are relative to the URI for a folder, base names for a file.
+
+    Raises:
+        StorageError: there is nothing to upload, or it cannot be read or written.
+    """
+    store = _store(uri)
+    if path.is_file():
+        return [store.upload_file(path, uri)]
+    if not path.is_dir():
+        raise StorageError(f"{path}: no such file or folder", "check the path")
+    keys = [entry.key for entry in local.list_objects(str(path))]
+    if not keys:
+        raise StorageError(f"{path}: an empty folder, nothing to upload", "check the path")
+    return [_uploaded(store, path / key, uri, key) for key in keys]
+
+
+def _uploaded(store: Store, path: Path, uri: str, key: str) -> ObjectInfo:
+    written = store.upload_file(path, f"{uri.rstrip('/')}/{key}")
+    return ObjectInfo(written.uri, key, written.size, written.etag)
+
+
+def schemes() -> Sequence[str]:
+    """The schemes that a URI may have; a plain path has none."""
+    return sorted(_STORES)
+
+
+def _store(uri: str) -> Store:
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    scheme = match.group(1) if match else "file"
+    if scheme not in _STORES:
+        raise StorageError(f"{uri}: unknown scheme {scheme + '://'!r}", nearest(scheme, list(schemes())))
+    return _STORES[scheme]

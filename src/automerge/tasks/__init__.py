@@ -1,0 +1,1 @@
+"""Tasks: data, a loss and metrics that measure one capability of a model."""

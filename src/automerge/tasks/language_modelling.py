@@ -1,0 +1,211 @@
+"""Task kind ``language_modelling``: logits [n, T, vocabulary] against the tokens that they predict."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from automerge.errors import MissingExtraError, TaskError
+from automerge.models.architecture import short_reason
+from automerge.spec import TaskSpec
+from automerge.tasks.data import TENSOR_SUFFIXES, TEXT_SUFFIXES, find_data_file, read_inputs_and_labels, read_texts
+from automerge.tasks.task import Metric, Ratio, Task, TaskData, to_column
+
+IGNORED = -100
+"""The label of a position without a target, as torch and transformers have it."""
+
+_CHUNK_ELEMENTS = 2**24
+"""Logits turned to float32 at a time when nothing is differentiated: 64 MB, whatever the vocabulary and the batch."""
+
+
+class LanguageModelling(Task):
+    """Cross-entropy a token (nats); the share of tokens predicted, and perplexity.
+
+    Data: texts (jsonl with ``{"text": ...}`` a line, or txt as one document), tokenised with the tokenizer of the reference's
+    checkpoint; or safetensors or npz with ``inputs.input_ids`` (or ``inputs``) [n, T], optionally ``inputs.attention_mask``
+    and, for encoder-decoders, ``inputs.decoder_input_ids``, and ``labels`` [n, T] (-100: no target). Without labels the
+    targets are the input tokens. Padding is never a target.
+
+    Arguments:
+        sequence_length: tokens a sample of text data (512).
+        pack: text data: join the documents, with an end token between them, and cut them into full samples (true); false
+            starts each document in a sample of its own. A document that is too long goes on in a further sample.
+        shift: the logits at a position predict the label of the next (true; false where data have decoder_input_ids, whose
+            labels stand where the logits do).
+    """
+
+    LOSSES = ("cross_entropy",)
+    METRICS = (Metric("token_accuracy", True), Metric("perplexity", False), Metric("loss", False))
+    DEFAULT_METRICS = ("token_accuracy", "perplexity")
+    ARGUMENTS = ("sequence_length", "pack", "shift")
+
+    def __init__(self, spec: TaskSpec, tokenizer_folder: Path | None = None) -> None:
+        super().__init__(spec, tokenizer_folder)
+        length = spec.arguments.get("sequence_length", 512)
+        if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+            raise TaskError(
+                f"tasks.{spec.name}.arguments.sequence_length: expected a whole number of at least 2, got {length!r}",
+                "set the number of tokens a sample",
+            )
+        for key in ("pack", "shift"):
+            if not isinstance(spec.arguments.get(key, True), bool):
+                raise TaskError(
+                    f"tasks.{spec.name}.arguments.{key}: expected true or false, got {spec.arguments[key]!r}",
+                    "set true or false",
+                )
+        self._length = length
+        self._pack: bool = spec.arguments.get("pack", True)
+        self._shift: bool | None = spec.arguments.get("shift")
+
+    def load(self, path: Path) -> TaskData:
+        """See ``Task.load``.
+
+        Targets: ``labels`` int64 [n, T], moved so that they stand where the logits that predict them do, -100 for none.
+        """
+        file = find_data_file(path, TENSOR_SUFFIXES + TEXT_SUFFIXES)
+        if file.suffix in TEXT_SUFFIXES:
+            inputs, labels = self._tokenised(file), None
+        else:
+            inputs, labels = read_inputs_and_labels(file)
+            if list(inputs) == ["inputs"]:
+                inputs = {"input_ids": inputs["inputs"]}
+        return TaskData(inputs, {"labels": self._targets(file, inputs, labels)})
+
+    def loss(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of each sample, summed over its tokens: float32 [n]; logits [n, T, vocabulary]. See ``Task.loss``."""
+        labels = self._checked(logits, targets)
+        rows = len(logits) if torch.is_grad_enabled() else max(1, _CHUNK_ELEMENTS // max(1, logits[0].numel()))
+        parts = [
+            F.cross_entropy(
+                part.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+            ).sum(dim=1)
+            for part, wanted in zip(logits.split(rows), labels.split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def loss_weights(self, targets: dict[str, Tensor]) -> Tensor:
+        """The number of target tokens of each sample [n]."""
+        return (targets["labels"] != IGNORED).sum(dim=1).float()
+
+    def metric_ratios(self, logits: Tensor, targets: dict[str, Tensor], losses: Ratio) -> dict[str, Ratio]:
+        """See ``Task.metric_ratios``."""
+        labels = self._checked(logits, targets)
+        tokens = losses.denominator
+        ratios = {"perplexity": replace(losses, transform="exp"), "loss": losses}
+        names = [metric.name for metric in self.metrics]
+        if "token_accuracy" in names:
+            # No label equals IGNORED here by chance: an argmax is never negative.
+            ratios["token_accuracy"] = Ratio(to_column((logits.argmax(dim=-1) == labels).sum(dim=1)), tokens)
+        return {name: ratios[name] for name in names}
+
+    def chance(self, metric: str, data: TaskData) -> float:
+        """The share of the most frequent target token; for losses, those of the target tokens' own frequencies."""
+        labels = data.targets["labels"]
+        counts = torch.unique(labels[labels != IGNORED], return_counts=True)[1].double()
+        shares = counts / counts.sum()
+        if metric == "token_accuracy":
+            return float(shares.max())
+        entropy = float(-(shares * shares.log()).sum())
+        return float(np.exp(entropy)) if metric == "perplexity" else entropy
+
+    def _checked(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        labels = targets["labels"]
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+            raise self.unfit(
+                f"the model returned {list(logits.shape)} where [samples, tokens, vocabulary] with {list(labels.shape)} "
+                "samples and tokens is expected",
+                "use a model with a language modelling head",
+            )
+        if labels.numel() and int(labels.max()) >= logits.shape[2]:
+            raise self.unfit(
+                f"the data have the token {int(labels.max())} and the model only {logits.shape[2]} outputs",
+                "use the tokenizer of this model",
+            )
+        return labels
+
+    def _targets(self, file: Path, inputs: dict[str, Tensor], labels: Tensor | None) -> Tensor:
+        decoder = "decoder_input_ids" in inputs
+        key = "decoder_input_ids" if decoder else "input_ids"
+        ids = inputs.get(key)
+        if labels is None:
+            if decoder or ids is None:
+                raise TaskError(f"{file}: there are no labels", "store the target tokens as 'labels'")
+            if ids.is_floating_point():
+                raise TaskError(f"{file}: the input_ids are not integers", "store token ids as int64")
+            labels = ids.long()
+        if labels.ndim != 2 or (ids is not None and labels.shape != ids.shape):
+            raise TaskError(
+                f"{file}: labels {list(labels.shape)} do not fit {key} {list(ids.shape) if ids is not None else '[n, T]'}",
+                "store [samples, tokens] for both",
+            )
+        if bool(((labels < 0) & (labels != IGNORED)).any()):
+            raise TaskError(f"{file}: a label is negative", f"use {IGNORED} for positions without a target")
+        mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+        if real.shape != labels.shape:
+            raise TaskError(f"{file}: the attention mask {list(real.shape)} does not fit the labels", "store [n, T] for both")
+        if self._shift if self._shift is not None else not decoder:
+            # The last position predicts nothing, nor does padding.
+            wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            real = real & F.pad(real[:, 1:], (0, 1), value=False)
+        else:
+            wanted = labels
+        wanted = wanted.masked_fill(~real, IGNORED)
+        empty = ~(wanted != IGNORED).any(dim=1)
+        if bool(empty.any()):
+            raise TaskError(f"{file}: sample {int(empty.nonzero()[0])} has no token to predict", "drop the sample")
+        return wanted
+
+    def _tokenised(self, file: Path) -> dict[str, Tensor]:
+        tokenizer = _tokenizer(file, self.tokenizer_folder)
+        documents: list[list[int]] = [
+            list(tokenizer(text, add_special_tokens=True)["input_ids"]) for text in read_texts(file)
+        ]
+        if self._pack:
+            end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+            joined: list[int] = []
+            for document in documents:
+                joined += document if not end or document[-1:] == end else document + end
+            documents = [joined]
+        windows = [
+            document[start : start + self._length]
+            for document in documents
+            for start in range(0, len(document), self._length)
+        ]
+        # A single token predicts nothing.
+        windows = [window for window in windows if len(window) > 1]
+        if not windows:
+            raise TaskError(f"{file}: no text has two tokens", "give longer texts")
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return _padded(windows, 0 if padding is None else int(padding), max(len(window) for window in windows))
+
+
+def _padded(windows: Sequence[Sequence[int]], padding: int, length: int) -> dict[str, Tensor]:
+    """Token ids [n, length] padded on the right, and the attention mask where there is padding."""
+    ids = torch.full((len(windows), length), padding, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = torch.tensor(window)
+        mask[row, : len(window)] = 1
+    return {"input_ids": ids} if bool(mask.all()) else {"attention_mask": mask, "input_ids": ids}
+
+
+def _tokenizer(file: Path, folder: Path | None) -> Any:
+    """The tokenizer of a checkpoint folder; the network is not used, and no code from the folder is run."""
+    if folder is None:
+        raise TaskError(f"{file}: text data need a tokenizer, and this model has none", "store token ids as 'inputs.input_ids'")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtraError("text data", "transformers") from None
+    if not any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")):
+        raise TaskError(f"{folder}: there is no tokenizer in this checkpoint, and {file.name} is text", "add its files")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise TaskError(f"{folder}: the tokenizer cannot be loaded: {short_reason(error)}", "mend its files") from error

@@ -1,0 +1,55 @@
+"""Running a model on a task's data."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from automerge.errors import AutoMergeError, TaskError
+from automerge.models.architecture import Architecture, short_reason
+from automerge.tasks.task import Scores, Task, TaskData
+
+
+def evaluate_task(
+    architecture: Architecture, module: nn.Module, task: Task, data: TaskData, batch_size: int, device: torch.device | str
+) -> Scores:
+    """Loss and metrics of a model on every sample of a task, in the order of the data.
+
+    Args:
+        architecture: knows how the module is called.
+        module: in evaluation mode, on ``device``.
+        task: the loss and the metrics.
+        data: the samples, on any device.
+        batch_size: samples a forward pass.
+        device: where the module is.
+
+    Returns:
+        Scores of ``len(data)`` samples; losses and metrics are computed in float32 from the module's logits.
+
+    Raises:
+        TaskError: the loss of a sample is not finite, the logits do not fit the targets, or the model fails on the inputs.
+    """
+    parts: list[Scores] = []
+    start = 0
+    with torch.inference_mode():
+        for batch in data.batches(batch_size):
+            moved = batch.to(device)
+            try:
+                logits = architecture.call(module, moved.inputs)
+            except AutoMergeError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in moved.inputs.items())
+                raise TaskError(
+                    f"task {task.spec.name!r}: the model fails on the inputs {shapes}: {short_reason(error)}",
+                    "check the names, shapes and dtypes of the data's inputs, and tasks.batch_size",
+                ) from error
+            scores = task.score(logits, moved.targets)
+            if not bool(np.isfinite(scores.losses.numerator).all()):
+                sample = start + int(np.flatnonzero(~np.isfinite(scores.losses.numerator))[0])
+                raise TaskError(
+                    f"task {task.spec.name!r}: the loss of sample {sample} is not finite",
+                    "check the weights and the inputs",
+                )
+            parts.append(scores)
+            start += len(batch)
+    return Scores.concatenate(parts)

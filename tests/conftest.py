@@ -1,0 +1,33 @@
+"""What tests of several packages share."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from automerge.testing.s3_server import S3Server, running_s3
+
+# The machine that runs the tests may be busy: time per example says nothing about the code.
+settings.register_profile("automerge", deadline=None)
+settings.load_profile("automerge")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with one bucket; ``s3.environment`` is what a subprocess needs to reach it."""
+    with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_env(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with the environment set so that ``s3://`` URIs mean it during this test."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    # Neither the user's own configuration nor the cloud's credential service has a say.
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
