@@ -37,6 +37,10 @@ HALVES = {"low": range(5), "high": range(5, 10)}
 PIXEL_MEAN = 4.9
 PIXEL_DEVIATION = 6.0
 
+# Nats. The validation loss of a converged base (about 0.05) can creep on for dozens of epochs in smaller steps than
+# this, which cost training time and gain no accuracy: that is a plateau.
+LEAST_PROGRESS = 1e-3
+
 STAMP = "prepared.json"
 
 
@@ -184,9 +188,9 @@ def prepare(
     there, has these settings, and every file still has its digest, nothing is trained.
 
     The base stops on a plateau of its validation loss and keeps its best epoch. A specialist has the usual fine-tuning
-    schedule, a cosine from ``specialist_learning_rate`` to zero, and keeps its last epoch. ``threads`` is
-    part of the settings because the order of a sum, and so the last bits of every weight, depends on it; the models are
-    too small to gain from more than one.
+    schedule, a cosine from ``specialist_learning_rate`` to zero, and keeps its last epoch. ``threads`` is part
+    of the settings because the order of a sum, and so the last bits of every weight, depends on it; the models are too
+    small to gain from more than one.
 
     Raises:
         SpecError: settings that no training can follow.
@@ -302,7 +306,7 @@ def fit_to_plateau(model: nn.Module, parts: Split, settings: Settings) -> int:
             torch.autograd.backward(loss)
             optimizer.step()
         loss_now, _ = measure(model, parts.validation)
-        if loss_now < best_loss:
+        if loss_now < best_loss - LEAST_PROGRESS:
             best_loss, best_epoch, best_state = loss_now, epoch, copy.deepcopy(model.state_dict())
         elif epoch - best_epoch >= settings.patience:
             break

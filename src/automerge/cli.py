@@ -113,13 +113,17 @@ def fetch(spec: Path, output: Path | None) -> None:
     loaded, run = _begin(spec, output)
     manifest = stage(loaded, run / "fetch")
     for item in manifest.inputs:
-        click.echo(f"{item.name:24} {item.digest[:16]}  {sum(file.bytes for file in item.files):>14,} bytes  {item.uri}")
+        click.echo(
+            f"{item.name:24} {item.digest[:16]}  {sum(file.bytes for file in item.files):>14,} bytes  {item.uri}"
+        )
 
 
 @cli.command()
 @_SPEC
 @_OUTPUT
-@click.option("--granularity", type=click.Choice(["transition", "layer", "tensor", "whole"]), help="Instead of the spec's.")
+@click.option(
+    "--granularity", type=click.Choice(["transition", "layer", "tensor", "whole"]), help="Instead of the spec's."
+)
 def segment(spec: Path, output: Path | None, granularity: str | None) -> None:
     """Cut the architecture into blocks and print them."""
     from automerge.report.console import print_segmentation
@@ -175,9 +179,7 @@ def evaluate(spec: Path, output: Path | None) -> None:
     from automerge.stages.evaluate import evaluate as stage
 
     loaded, run = _begin(spec, output)
-    evaluation = stage(
-        loaded, run / "fetch", run / "segment", run / "search", run / "merge", run / "evaluate"
-    )
+    evaluation = stage(loaded, run / "fetch", run / "segment", run / "search", run / "merge", run / "evaluate")
     print_evaluation(evaluation, run / "evaluate" / "report.html")
     if evaluation.gate.verdict == "fail":
         sys.exit(GATE_FAILED)
@@ -232,7 +234,14 @@ def _live_progress(spec: Spec) -> "Iterator[Callable[[SearchProgress], None]]":
     import logging
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:

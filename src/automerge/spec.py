@@ -53,7 +53,8 @@ class ModelSpec(SpecModel):
         "Code from these folders is executed: name only folders that you trust.",
     )
     trust_remote_code: bool = Field(
-        default=False, description="transformers: run Python code that comes with the checkpoint. Off unless you say so."
+        default=False,
+        description="transformers: run Python code that comes with the checkpoint. Off unless you say so.",
     )
     example: dict[str, ExampleInput] | None = Field(
         default=None, description="Model inputs by name, for tracing; by default one sample of the first task is used."
@@ -220,7 +221,9 @@ class GateSpec(SpecModel):
     """What a merged model must keep to be registered."""
 
     min_worst_pr: float | None = Field(
-        default=None, ge=0, description="Least preservation rate of the worst task, percent, by its interval's lower end."
+        default=None,
+        ge=0,
+        description="Least preservation rate of the worst task, percent, by its interval's lower end.",
     )
     max_pd: float | None = Field(default=None, ge=0, description="Largest preservation discrepancy, points.")
 
@@ -237,7 +240,9 @@ class ComputeSpec(SpecModel):
 class Spec(SpecModel):
     """The whole job."""
 
-    name: Name = Field(description="Name of the merge; also the registered model's name unless 'registry.model' is set.")
+    name: Name = Field(
+        description="Name of the merge; also the registered model's name unless 'registry.model' is set."
+    )
     model: ModelSpec
     base: BaseSpec | None = Field(
         default=None, description="The sources' common ancestor; without it the task-vector techniques are left out."
@@ -298,7 +303,9 @@ def load_spec(path: Path, environment: Mapping[str, str] | None = None) -> Spec:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(f"{path}: cannot be read ({reason})", "pass the path of a spec; `automerge init` writes one") from None
+        raise SpecError(
+            f"{path}: cannot be read ({reason})", "pass the path of a spec; `automerge init` writes one"
+        ) from None
     return parse_spec(text, folder=path.resolve().parent, where=str(path), environment=environment)
 
 
@@ -319,7 +326,9 @@ def parse_spec(
     try:
         value = json.loads(text) if text.lstrip().startswith("{") else yaml.load(text, Loader=_StrictLoader)  # noqa: S506
     except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise SpecError(f"{where}: not valid YAML or JSON: {' '.join(str(error).split())}", "mend the line named") from None
+        raise SpecError(
+            f"{where}: not valid YAML or JSON: {' '.join(str(error).split())}", "mend the line named"
+        ) from None
     if not isinstance(value, dict):
         raise SpecError(f"{where}: the spec is empty or not a mapping", "start from `automerge init`")
     value = _substitute(value, os.environ if environment is None else environment, where, "")
@@ -343,7 +352,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -389,7 +400,8 @@ def _anchored(spec: Spec, folder: Path) -> Spec:
             "base": spec.base and spec.base.model_copy(update={"uri": uri(spec.base.uri)}),
             "sources": [source.model_copy(update={"uri": uri(source.uri)}) for source in spec.sources],
             "tasks": [
-                task.model_copy(update={"validation": uri(task.validation), "test": uri(task.test)}) for task in spec.tasks
+                task.model_copy(update={"validation": uri(task.validation), "test": uri(task.test)})
+                for task in spec.tasks
             ],
         }
     )

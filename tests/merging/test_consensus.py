@@ -50,3 +50,8 @@ def test_one_weight_per_tensor():
         weighted_sum([torch.ones(1)], [1.0, 2.0])
     with pytest.raises(ValueError, match="nothing"):
         weighted_sum([], [])
+
+
+def test_float64_stays_float64_throughout():
+    delta = torch.tensor([1.0], dtype=torch.float64)
+    assert sum_of_agreeing([delta], [0.1], normalize=True).item() == 1.0

@@ -50,14 +50,14 @@ def test_chunks_have_no_effect(monkeypatch, chunk):
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.65, 0.9])
 def test_the_density_is_met_in_every_lane(density):
-    count = 1 << 20
+    count = 1 << 18
     mask = keep_mask(mask_key(0, "a", "t"), count, density).reshape(-1, 4).double()
     sigma = math.sqrt(density * (1 - density) / (count / 4))
     assert ((mask.mean(0) - density).abs() < 5 * sigma).all()
 
 
 def test_lanes_neighbours_sources_and_seeds_are_independent():
-    count = 1 << 18
+    count = 1 << 16
     mask = keep_mask(mask_key(0, "a", "t"), count, 0.5).double()
     others = [keep_mask(mask_key(*of), count, 0.5).double() for of in [(0, "b", "t"), (1, "a", "t"), (0, "a", "u")]]
     others += [mask.roll(by) for by in (1, 2, 3, 4, 5)]

@@ -45,7 +45,7 @@ def sum_of_agreeing(deltas: Sequence[torch.Tensor], weights: Sequence[float], *,
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         merged += torch.where(agrees, weighted, 0)
         if normalize:
-            agreed += agrees * weight
+            agreed += agrees.to(agreed.dtype) * weight
     if normalize:
         merged /= torch.where(agreed == 0, 1, agreed)
     return merged

@@ -1,4 +1,4 @@
-"""The interface of a model kind: what turns a spec's ``model`` and a local checkpoint into a module that can be called."""
+"""The interface of a model kind: from a spec's ``model`` and a local checkpoint to a module that can be called."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -43,7 +43,8 @@ class Architecture(ABC):
     def example(self, module: nn.Module) -> dict[str, Tensor] | None:
         """Inputs for tracing, with a batch of 1, on the module's device; None: take one sample of a task.
 
-        By default those of the spec's ``model.example``: floats standard normal from a fixed seed, integers 0, booleans true.
+        By default those of the spec's ``model.example``: floats standard normal from a fixed seed, integers 0, booleans
+        true.
         """
         if self.spec.example is None:
             return None
@@ -63,8 +64,9 @@ class Architecture(ABC):
     def call(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The logits of one batch.
 
-        A lone input called ``inputs`` is passed by position, any others by keyword. Floating inputs are cast to the dtype
-        of the module's first floating parameter. Of a tuple the first entry is taken, of a mapping ``logits``, else the first.
+        A lone input called ``inputs`` is passed by position, any others by keyword. Floating inputs are cast to the
+        dtype of the module's first floating parameter. Of a tuple the first entry is taken, of a mapping ``logits``,
+        else the first.
 
         Args:
             module: what ``build`` made.

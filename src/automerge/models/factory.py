@@ -46,11 +46,15 @@ class FactoryArchitecture(Architecture):
         value: Any = module
         for part in attribute.split("."):
             if not hasattr(value, part):
-                public = [item for item in sorted(vars(value)) if not item.startswith("_") and callable(vars(value)[item])]
+                public = [
+                    item for item in sorted(vars(value)) if not item.startswith("_") and callable(vars(value)[item])
+                ]
                 raise ModelError(f"model.target: the module {name!r} has no {attribute!r}", nearest(part, public))
             value = getattr(value, part)
         if not callable(value):
-            raise ModelError(f"model.target: {target} is a {type(value).__name__}, not a callable", "name a function or class")
+            raise ModelError(
+                f"model.target: {target} is a {type(value).__name__}, not a callable", "name a function or class"
+            )
         return value  # type: ignore[no-any-return]
 
 
@@ -64,7 +68,9 @@ def _import(name: str, python_path: list[str]) -> ModuleType:
     folders = [Path(folder) for folder in python_path]
     for folder in folders:
         if not folder.is_dir():
-            raise ModelError(f"model.python_path: {folder} is not a folder", "name the folder that holds the factory's module")
+            raise ModelError(
+                f"model.python_path: {folder} is not a folder", "name the folder that holds the factory's module"
+            )
     home = next((folder for folder in folders if (folder / top).is_dir() or (folder / f"{top}.py").is_file()), None)
     if home is not None and top in sys.modules and _imported.get(top) != home:
         if top not in _imported:
@@ -88,7 +94,9 @@ def _import(name: str, python_path: list[str]) -> ModuleType:
                 f"model.target: there is no module {name!r}{looked} among the installed packages",
                 "name its folder in model.python_path, or install it",
             ) from None
-        raise ModelError(f"model.target: {name} imports {error.name!r}, which is not installed", "install it") from error
+        raise ModelError(
+            f"model.target: {name} imports {error.name!r}, which is not installed", "install it"
+        ) from error
     except Exception as error:
         raise ModelError(f"model.target: importing {name!r} raised {short_reason(error)}", "mend the module") from error
     if home is not None:

@@ -18,13 +18,13 @@ from automerge.errors import AutoMergeError, MissingExtraError, ModelError
 from automerge.models.architecture import Architecture, short_reason
 
 MAX_INLINE_BYTES = 1_900_000_000
-"""Weights above this go to a file of their own: a protobuf message holds at most 2 GiB, and the graph needs room too."""
+"""Weights above this go to a file of their own: a protobuf message holds at most 2 GiB, with the graph."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest accepted difference to torch, in units of max(1, largest absolute logit), by the module's dtype.
 
-Sums are taken in another order by another library: a float32 network of some tens of layers differs by about 1e-6, a wrong
-graph by 1e-1 and more. For half precision the unit of rounding is 1e-3 (float16) and 8e-3 (bfloat16).
+Sums are taken in another order by another library: a float32 network of some tens of layers differs by about 1e-6, a
+wrong graph by 1e-1 and more. For half precision the unit of rounding is 1e-3 (float16) and 8e-3 (bfloat16).
 """
 
 
@@ -36,12 +36,13 @@ def export_onnx(
     *,
     max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> None:
-    """Write a module as ONNX: its inputs by name to one output ``logits``, all with a dynamic first dimension ``batch``.
+    """Write a module as ONNX: its inputs by name to one output ``logits``, all with a dynamic first dimension
+    ``batch``.
 
     The second dimension of integer inputs (a sequence of tokens) is dynamic too where the model allows it. The file is
-    self-contained up to ``max_inline_bytes`` of weights; above that the weights lie beside it in ``<name>.data``. Initializers
-    keep the names of the module's state where the exporter does not transform them. Nothing of this machine (paths, stack
-    traces) is in the file, and equal weights give equal bytes.
+    self-contained up to ``max_inline_bytes`` of weights; above that the weights lie beside it in ``<name>.data``.
+    Initializers keep the names of the module's state where the exporter does not transform them. Nothing of this
+    machine (paths, stack traces) is in the file, and equal weights give equal bytes.
 
     Args:
         architecture: knows how the module is called.
@@ -61,7 +62,9 @@ def export_onnx(
     example = {name: tensor if len(tensor) > 1 else torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
     batch = torch.export.Dim("batch")
     shapes: dict[str, dict[int, Any]] = {
-        name: {0: batch, 1: torch.export.Dim.AUTO} if not tensor.is_floating_point() and tensor.ndim == 2 else {0: batch}
+        name: {0: batch, 1: torch.export.Dim.AUTO}
+        if not tensor.is_floating_point() and tensor.ndim == 2
+        else {0: batch}
         for name, tensor in example.items()
     }
     try:
@@ -80,7 +83,9 @@ def export_onnx(
             raise ModelError("the exporter returned nothing")
     except Exception as error:
         reason = error.problem if isinstance(error, AutoMergeError) else short_reason(_innermost(error))
-        raise ModelError(f"the model cannot be exported to ONNX: {reason}", "use the checkpoint, or set onnx: false") from error
+        raise ModelError(
+            f"the model cannot be exported to ONNX: {reason}", "use the checkpoint, or set onnx: false"
+        ) from error
     graph = program.model
     _strip(graph)
 
@@ -97,7 +102,9 @@ def export_onnx(
             data.unlink(missing_ok=True)
         (folder / path.name).replace(path)
     except Exception as error:
-        raise ModelError(f"{path}: the ONNX file cannot be written: {short_reason(error)}", "make room, and try again") from error
+        raise ModelError(
+            f"{path}: the ONNX file cannot be written: {short_reason(error)}", "make room, and try again"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -146,7 +153,9 @@ def check_onnx(
             scale = max(scale, float(expected.abs().max()))
     except Exception as error:
         reason = error.problem if isinstance(error, AutoMergeError) else short_reason(error)
-        raise ModelError(f"{path.name}: the ONNX file does not do what the model does: {reason}", "use the checkpoint") from error
+        raise ModelError(
+            f"{path.name}: the ONNX file does not do what the model does: {reason}", "use the checkpoint"
+        ) from error
     dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32)
     limit = TOLERANCES.get(dtype, 1e-4) * scale
     if not largest <= limit:

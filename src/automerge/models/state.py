@@ -40,10 +40,11 @@ def state_names(module: nn.Module) -> StateNames:
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Bring a checkpoint's tensors into a module: all of them, no others, each in its shape.
 
-    The module takes the dtypes of the checkpoint, and keeps its device and its ties, of which one name suffices. Where its
-    floating parameters change dtype, floating buffers that are not in the state follow as by ``module.to(dtype)``, unless
-    the module has a ``dtype`` of its own, as all of transformers' do: these look after such buffers (rotary frequencies
-    stay float32). The given tensors are not copied where they lie on the module's device: writing into them changes it.
+    The module takes the dtypes of the checkpoint, and keeps its device and its ties, of which one name suffices. Where
+    its floating parameters change dtype, floating buffers that are not in the state follow as by ``module.to(dtype)``,
+    unless the module has a ``dtype`` of its own, as all of transformers' do: these look after such buffers (rotary
+    frequencies stay float32). The given tensors are not copied where they lie on the module's device: writing into them
+    changes it.
 
     Args:
         module: what ``Architecture.build`` made.
@@ -51,9 +52,9 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
         where: names the checkpoint in errors.
 
     Raises:
-        ModelError: missing, extra or mis-shaped tensors (the first ten are named, and the count), tied names with different
-            values, a floating tensor for an integer one or the reverse, or a module built on the meta device that has
-            buffers which no checkpoint holds.
+        ModelError: missing, extra or mis-shaped tensors (the first ten are named, and the count), tied names with
+            different values, a floating tensor for an integer one or the reverse, or a module built on the meta device
+            that has buffers which no checkpoint holds.
     """
     state = _state(module)
     _, _, tied = state_names(module)

@@ -167,15 +167,20 @@ class TransformersArchitecture(Architecture):
                     if needs_code
                     else f"transformers cannot read it ({short_reason(error)})"
                 ),
-                "set model.trust_remote_code: true if you trust that code" if needs_code else "mend it, or the arguments",
+                "set model.trust_remote_code: true if you trust that code"
+                if needs_code
+                else "mend it, or the arguments",
             ) from error
         unused = {key: value for key, value in unused.items() if key not in ("local_files_only", "trust_remote_code")}
         if unused:
             name = sorted(unused)[0]
             raise ModelError(
-                f"model.arguments: {type(config).__name__} has no entry {name!r}", nearest(name, sorted(config.to_dict()))
+                f"model.arguments: {type(config).__name__} has no entry {name!r}",
+                nearest(name, sorted(config.to_dict())),
             )
-        elsewhere = sorted(str(item) for item in (getattr(config, "auto_map", None) or {}).values() if "--" in str(item))
+        elsewhere = sorted(
+            str(item) for item in (getattr(config, "auto_map", None) or {}).values() if "--" in str(item)
+        )
         if elsewhere and self.spec.trust_remote_code:
             raise ModelError(
                 f"{folder / 'config.json'}: auto_map names code outside the checkpoint ({elsewhere[0]})",
@@ -191,7 +196,9 @@ class _NoRandomInitialisation(TorchFunctionMode):
     Filling 7e9 of them takes minutes. Buffers, which a checkpoint may not hold, are computed as usual.
     """
 
-    _RANDOM = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "log_normal_", "exponential_", "bernoulli_"})
+    _RANDOM = frozenset(
+        {"uniform_", "normal_", "trunc_normal_", "erfinv_", "log_normal_", "exponential_", "bernoulli_"}
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in self._RANDOM and args and isinstance(args[0], nn.Parameter):

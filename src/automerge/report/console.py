@@ -28,7 +28,9 @@ def print_evaluation(evaluation: Evaluation, report: Path) -> None:
     """Print every model on every task, the warnings, the gate's verdict and where the report is."""
     console = Console()
     confidence = f"{evaluation.confidence:.0%}"
-    table = Table(title=f"Preservation on test data: PR in % [{confidence} interval], PD in points", title_justify="left")
+    table = Table(
+        title=f"Preservation on test data: PR in % [{confidence} interval], PD in points", title_justify="left"
+    )
     table.add_column("model", no_wrap=True)
     for task in evaluation.tasks:
         for metric in task.metrics:

@@ -110,7 +110,11 @@ def search(
         stopped = loop.finished()
         if stopped is None:
             optimiser = Optimiser(
-                space.configuration_space(spec.seed), trials=spec.trials, initial=initial, warm_starts=warm, seed=spec.seed
+                space.configuration_space(spec.seed),
+                trials=spec.trials,
+                initial=initial,
+                warm_starts=warm,
+                seed=spec.seed,
             )
             try:
                 loop.replay(optimiser)
@@ -204,7 +208,9 @@ class _Loop:
     def result(self, stopped: str) -> SearchResult:
         """The outcome; raises SearchError if no trial succeeded."""
         if self.best is None:
-            raise SearchError(f"all {len(self.trials)} trials failed, the last with: {self.trials[-1].error}", "mend that")
+            raise SearchError(
+                f"all {len(self.trials)} trials failed, the last with: {self.trials[-1].error}", "mend that"
+            )
         return SearchResult(self.best, self.space.recipe_blocks(self.best.config), list(self.trials), stopped)
 
     def _evaluate(self, ask: Ask, optimiser_seconds: float) -> Trial:
@@ -277,4 +283,3 @@ class _Loop:
 
 def _recipe_key(blocks: Sequence[RecipeBlock]) -> str:
     return digest_of([block_key(block) for block in blocks])
-

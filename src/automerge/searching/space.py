@@ -51,7 +51,9 @@ class SearchSpace:
                 choice = CategoricalHyperparameter(f"{block.name}/technique", list(self.techniques))
                 space.add(choice)
             for key in self._weight_keys(block):
-                low, high = self.spec.weight_range if self.spec.weights == "independent" or len(self.sources) == 2 else (0, 1)
+                low, high = (
+                    self.spec.weight_range if self.spec.weights == "independent" or len(self.sources) == 2 else (0, 1)
+                )
                 space.add(Float(key, (low, high)))
             for name, users in self._searched().items():
                 hyperparameter = self._dimension(f"{block.name}/{name}", users[0][1])
@@ -74,7 +76,8 @@ class SearchSpace:
         count = len(self.sources)
         wanted = [("average", [1.0 / count] * count)]
         wanted += [
-            (f"source:{name}", [float(index == other) for other in range(count)]) for index, name in enumerate(self.sources)
+            (f"source:{name}", [float(index == other) for other in range(count)])
+            for index, name in enumerate(self.sources)
         ]
         low, high = self.spec.weight_range
         plain = next((name for name in ("linear", "task_arithmetic") if name in self.techniques), None)
@@ -147,15 +150,21 @@ class SearchSpace:
             return CategoricalHyperparameter(key, list(hyperparameter.choices))
         if hyperparameter.kind == "bool":
             return CategoricalHyperparameter(key, [False, True])
-        low, high = self.spec.density_range if hyperparameter.name == "density" else (hyperparameter.low, hyperparameter.high)
+        low, high = (
+            self.spec.density_range if hyperparameter.name == "density" else (hyperparameter.low, hyperparameter.high)
+        )
         if low is None or high is None:
-            raise SearchError(f"hyperparameter {hyperparameter.name!r} is searched but declares no range", "declare one")
+            raise SearchError(
+                f"hyperparameter {hyperparameter.name!r} is searched but declares no range", "declare one"
+            )
         if hyperparameter.kind == "int":
             return Integer(key, (int(low), int(high)))
         return Float(key, (float(low), float(high)))
 
 
-def usable_techniques(names: Sequence[str], *, sources: int, has_base: bool) -> tuple[dict[str, Declaration], list[str]]:
+def usable_techniques(
+    names: Sequence[str], *, sources: int, has_base: bool
+) -> tuple[dict[str, Declaration], list[str]]:
     """Declarations of the techniques that fit the inputs, and a notice for each reason that some were left out.
 
     Raises:
@@ -179,7 +188,9 @@ def usable_techniques(names: Sequence[str], *, sources: int, has_base: bool) -> 
     if wrong_count:
         notices.append(f"these techniques do not take {sources} sources and are left out: {', '.join(wrong_count)}")
     if not kept:
-        raise SearchError(f"search.techniques: none fits the inputs: {'; '.join(notices)}", nearest("linear", ["linear"]))
+        raise SearchError(
+            f"search.techniques: none fits the inputs: {'; '.join(notices)}", nearest("linear", ["linear"])
+        )
     return kept, notices
 
 

@@ -5,47 +5,66 @@ The layout is judged where weights meet data:
 1. A convolution is ``convolutional`` in any number of dimensions, a recurrent kernel ``recurrent``. A product (linear,
    matmul, attention projections) is ``sequence`` on 3-D data and ``vector`` on less; a lookup (embedding) is judged by
    its result, since integers have no layout. Batch and sequence folded into one axis still are a sequence.
-2. Everything else takes a layout from its neighbours: norms, scales, positions and class tokens, and products on data
+2. Reshapes that one module's forward makes and undoes do not count. Where such a forward convolves (a depth-wise
+   convolution over tokens) or works on a pooled vector (a squeeze-and-excitation gate) in between, these operations
+   take the layout of the data that it was given, as does a norm in between (over the channels of a map). The whole
+   model is no such forward, however often it is wrapped.
+3. Everything else takes a layout from its neighbours: norms, scales, positions and class tokens, and products on data
    of four or more dimensions (heads, windows, channel-last maps). Data in the form in which the latest producer left
    them keep its layout. Else, data in the form in which the next operation takes them have that operation's (the norm
    right after flattening). Else, laid out anew on both sides, an operation lies within a layout that is found on both
-   (the norms between channel-last convolutions). Else, the rank decides.
-3. Operations that hand data of one layout to each other, or share a parameter, are one block; a change is a transition.
-4. Reshapes inside one module's forward do not count: a group of operations that one module's forward executes, and
-   whose data come from and go to one and the same block, joins that block (squeeze-and-excitation gates, depth-wise
-   convolutions inside a transformer layer). Recurrence is no reshape and stays.
+   (the linear layers between channel-last convolutions). Else, the rank decides.
+4. Operations that hand data of one layout to each other, or share a parameter, are one block; a change is a transition.
+5. A group of operations that one module's forward executes, and whose data come from and go to one and the same block,
+   is enclosed by it and joins it (an attention over the positions of a map, flattened and restored around it). A whole
+   transformer between convolutions is more than one forward and stays; so does recurrence, which is no reshape.
 """
 
 from collections.abc import Iterable
 from typing import Literal
 
-from automerge.segmenting.trace import Operation, Trace
+from automerge.segmenting.trace import KEPT, Operation, Trace
 
 Layout = Literal["convolutional", "sequence", "vector", "recurrent"]
 
 
 def blocks_of(trace: Trace) -> list[tuple[Layout, list[Operation]]]:
-    """The transition blocks of a trace: layout and operations of each, in the order of their first operations."""
-    layouts = judge(trace.operations)
+    """The transition blocks of a trace: layout and operations of each, a block after those that it takes data from.
+
+    Among blocks that could come next, and where blocks take data from each other, the first traced comes first.
+    """
+    layouts = judge(trace)
     groups = _Groups(len(trace.operations))
     _join(trace.operations, layouts, groups)
     while _absorb_enclosed(trace, layouts, groups):
         _join(trace.operations, layouts, groups)
-    return [(layouts[members[0]], [trace.operations[i] for i in members]) for members in groups.members()]
+    return [
+        (layouts[members[0]], [trace.operations[index] for index in members])
+        for members in _in_order(trace.operations, groups)
+    ]
 
 
-def judge(operations: list[Operation]) -> list[Layout]:
-    """The layout at each operation (rules 1 and 2)."""
+def judge(trace: Trace) -> list[Layout]:
+    """The layout at each operation (rules 1 to 3)."""
+    operations = trace.operations
     consumers: list[list[int]] = [[] for _ in operations]
     for operation in operations:
         for producer in sorted(operation.producers):
             consumers[producer].append(operation.index)
     found: list[Layout | None] = [_own_layout(operation) for operation in operations]
+    entries = _there_and_back(trace, consumers, found)
+    for index in entries:
+        found[index] = None
+        operations[index].enclosed = True
     while True:
         _inherit(operations, consumers, found)
         waiting = [operation.index for operation in operations if found[operation.index] is None]
         if not waiting:
             return [layout for layout in found if layout is not None]
+        for index in waiting:
+            found[index] = found[entries[index]] if index in entries else None
+        if any(found[index] is not None for index in waiting):
+            continue
         for index in waiting:
             before, after = _around(index, operations, consumers, found)
             common = [layout for layout in before if layout in after]
@@ -83,7 +102,7 @@ def _inherit(operations: list[Operation], consumers: list[list[int]], found: lis
         changed = False
         for operation in operations:
             if found[operation.index] is None:
-                kept = [index for index, anew in operation.producers.items() if not anew]
+                kept = [index for index, passage in operation.producers.items() if passage == KEPT]
                 if kept and (layout := found[max(kept)]) is not None:
                     found[operation.index] = layout
                     changed = True
@@ -91,10 +110,55 @@ def _inherit(operations: list[Operation], consumers: list[list[int]], found: lis
             if found[operation.index] is None:
                 for consumer in consumers[operation.index]:
                     layout = found[consumer]
-                    if layout is not None and not operations[consumer].producers[operation.index]:
+                    if layout is not None and operations[consumer].producers[operation.index] == KEPT:
                         found[operation.index] = layout
                         changed = True
                         break
+
+
+def _there_and_back(trace: Trace, consumers: list[list[int]], found: list[Layout | None]) -> dict[int, int]:
+    """Rule 2: operation -> the latest producer of the data that its forward lays out anew and back again."""
+    operations = trace.operations
+    forwards = [trace.forward_of(operation.calls[-1]) if operation.calls else None for operation in operations]
+    groups = _Groups(len(operations))
+    for operation in operations:
+        for producer in operation.producers:
+            same = forwards[producer] == forwards[operation.index]
+            if same and found[producer] == found[operation.index]:
+                groups.join(producer, operation.index)
+    entries: dict[int, int] = {}
+    for members in groups.members():
+        call, layout, inside = forwards[members[0]], found[members[0]], set(members)
+        if call is None or layout in ("sequence", "recurrent"):
+            continue
+        if layout is not None and all(call in operation.calls for operation in operations):
+            continue  # the whole model
+        ranks: set[int] = set()
+        sound = True
+        for index in members:
+            for producer, passage in operations[index].producers.items():
+                if producer not in inside:
+                    sound = sound and passage != KEPT and trace.forward_of(passage) == call
+                    ranks.add(len(operations[producer].shape_out))
+        for index in members:
+            outside = [consumer for consumer in consumers[index] if consumer not in inside]
+            leaves = bool(outside) or not consumers[index]
+            sound = sound and all(operations[consumer].producers[index] != KEPT for consumer in outside)
+            sound = sound and (not leaves or _rank_on_leaving(trace, index, call) in ranks)
+        if sound and len(ranks) == 1:
+            first = max(producer for index in members for producer in operations[index].producers.keys() - inside)
+            entries.update(dict.fromkeys(members, first))
+    return entries
+
+
+def _rank_on_leaving(trace: Trace, index: int, call: int) -> int | None:
+    """The rank of an operation's result after its forward has laid it out anew; none where that forward does not."""
+    rank = None
+    for exit_call, exit_rank in trace.operations[index].exits:
+        if trace.forward_of(exit_call) != call:
+            break
+        rank = exit_rank
+    return rank
 
 
 def _around(
@@ -148,8 +212,21 @@ class _Groups:
         return list(sets.values())
 
 
+def _in_order(operations: list[Operation], groups: _Groups) -> list[list[int]]:
+    waiting = {groups.root(members[0]): members for members in groups.members()}
+    sources = {
+        root: {groups.root(p) for index in members for p in operations[index].producers} - {root}
+        for root, members in waiting.items()
+    }
+    ordered: list[list[int]] = []
+    while waiting:
+        ready = [root for root in waiting if not sources[root] & waiting.keys()]
+        ordered.append(waiting.pop(ready[0] if ready else next(iter(waiting))))
+    return ordered
+
+
 def _join(operations: Iterable[Operation], layouts: list[Layout], groups: _Groups) -> None:
-    """Rule 3."""
+    """Rule 4."""
     users: dict[tuple[str, Layout], int] = {}
     for operation in operations:
         for producer in operation.producers:
@@ -160,7 +237,7 @@ def _join(operations: Iterable[Operation], layouts: list[Layout], groups: _Group
 
 
 def _absorb_enclosed(trace: Trace, layouts: list[Layout], groups: _Groups) -> bool:
-    """Rule 4, for the first group that it holds for; tells whether there was one."""
+    """Rule 5, for the first group that it holds for; tells whether there was one."""
     before: dict[int, set[int]] = {}
     after: dict[int, set[int]] = {}
     for operation in trace.operations:
@@ -176,7 +253,8 @@ def _absorb_enclosed(trace: Trace, layouts: list[Layout], groups: _Groups) -> bo
         if layouts[own] == "recurrent" or len(around) != 1 or own not in before or own not in after:
             continue
         (outer,) = around
-        forward = {_forward(trace, trace.operations[index]) for index in members}
+        calls = [trace.operations[index].calls for index in members]
+        forward = {trace.forward_of(stack[-1]) if stack else None for stack in calls}
         if len(forward) != 1 or (call := forward.pop()) is None:
             continue
         # The module must lie within the outer block, not hold the whole of it: else it is the model, however wrapped.
@@ -185,18 +263,7 @@ def _absorb_enclosed(trace: Trace, layouts: list[Layout], groups: _Groups) -> bo
             continue
         for index in members:
             layouts[index] = layouts[outer]
+            trace.operations[index].enclosed = True
         groups.join(own, outer)
         return True
     return False
-
-
-def _forward(trace: Trace, operation: Operation) -> int | None:
-    """The module call whose forward executes an operation: leaves and mere containers count as the call around them."""
-    if not operation.calls:
-        return None
-    call: int | None = operation.calls[-1]
-    if call is not None and trace.calls[call].busy_children == 0:
-        call = trace.calls[call].parent
-    while call is not None and trace.calls[call].steps == 0:
-        call = trace.calls[call].parent
-    return call

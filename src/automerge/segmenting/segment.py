@@ -80,9 +80,7 @@ def _transition_pieces(traced: Trace) -> list[_Piece]:
     blocks = blocks_of(traced)
     block_of = {operation.index: number for number, (_, operations) in enumerate(blocks) for operation in operations}
     pieces = [
-        _Piece(
-            f"{number}-{layout}", layout, _transition(traced, layout, operations, block_of, blocks), operations
-        )
+        _Piece(f"{number}-{layout}", layout, _transition(traced, layout, operations, block_of, blocks), operations)
         for number, (layout, operations) in enumerate(blocks)
     ]
     # A tensor belongs to the first operation that uses it; one that no operation uses, to its module's block.
@@ -121,8 +119,8 @@ def _transition(
             entry = operation
         for index in outside:
             rank = len(traced.operations[index].shape_out)
-            # Data that come back from a later block are no beginning.
-            if block_of[index] < own:
+            # Data that come back from a later block are no beginning; a gate is no form that data arrive in.
+            if block_of[index] < own and not traced.operations[index].enclosed:
                 sources.setdefault(f"{rank}-D {blocks[block_of[index]][0]}")
     if entry is None or not sources:
         return "input"
@@ -237,6 +235,7 @@ def _documents(traced: Trace, pieces: list[_Piece]) -> list[Block]:
     total = sum(tensor.elements for tensor in traced.tensors.values() if tensor.is_parameter)
     blocks: list[Block] = []
     for piece in pieces:
+        seen = [operation for operation in piece.operations if not operation.enclosed] or piece.operations
         parameters = [name for name in piece.tensors if traced.tensors[name].is_parameter]
         count = sum(traced.tensors[name].elements for name in parameters)
         blocks.append(
@@ -244,8 +243,8 @@ def _documents(traced: Trace, pieces: list[_Piece]) -> list[Block]:
                 name=piece.name,
                 kind=piece.kind,
                 transition=piece.transition,
-                shape_in=list(piece.operations[0].shape_in) if piece.operations else None,
-                shape_out=list(piece.operations[-1].shape_out) if piece.operations else None,
+                shape_in=list(seen[0].shape_in) if seen else None,
+                shape_out=list(seen[-1].shape_out) if seen else None,
                 parameters=parameters,
                 buffers=[name for name in piece.tensors if not traced.tensors[name].is_parameter],
                 parameter_count=count,

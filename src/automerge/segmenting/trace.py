@@ -15,9 +15,10 @@ An operation here is a call that brings parameters and data together.
 """
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +39,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from automerge.errors import ModelError
+
+KEPT = -1
+"""In place of the call that laid data out anew: none did, they have the form in which their producer left them."""
 
 OperationKind = Literal["convolution", "recurrence", "product", "lookup", "other"]
 
@@ -83,7 +87,9 @@ class Operation:
         index: position in the trace; producers have smaller ones.
         kind: what the function is; ``lookup`` where all data are integers or booleans (embeddings).
         tensors: canonical names of the parameters and buffers that it consumes.
-        producers: operation index -> whether the data were laid out anew on the way.
+        producers: operation index -> the module call that last laid the data out anew on the way, or ``KEPT``.
+        exits: the first times the result was laid out anew: the module call that did it, and the rank afterwards.
+        enclosed: it works inside reshapes that its forward undoes, so its shapes are not those of its block.
         rank: of the data (of the result for a lookup); of a folded axis, the rank before folding.
         shape_in: of the data.
         shape_out: of the first result.
@@ -93,11 +99,13 @@ class Operation:
     index: int
     kind: OperationKind
     tensors: list[str]
-    producers: dict[int, bool]
+    producers: dict[int, int]
     rank: int
     shape_in: tuple[int, ...]
     shape_out: tuple[int, ...]
     calls: tuple[int, ...]
+    exits: list[tuple[int, int]] = field(default_factory=list)
+    enclosed: bool = False
 
 
 @dataclass
@@ -113,6 +121,14 @@ class Trace:
         """Paths of called modules whose forward does nothing itself but call other modules."""
         working = {call.path for call in self.calls if call.steps}
         return {call.path for call in self.calls} - working
+
+    def forward_of(self, call: int | None) -> int | None:
+        """The call whose forward does what ``call`` does: a leaf or a mere container counts as the call around it."""
+        if call is not None and self.calls[call].busy_children == 0:
+            call = self.calls[call].parent
+        while call is not None and self.calls[call].steps == 0:
+            call = self.calls[call].parent
+        return call
 
     def called(self) -> set[str]:
         """Paths of the modules that were called."""
@@ -142,7 +158,7 @@ def trace(module: nn.Module, args: Sequence[Any] = (), kwargs: dict[str, Any] | 
         # The fused kernel of nn.TransformerEncoderLayer would hide the layer's operations.
         torch.backends.mha.set_fastpath_enabled(False)
         with ExitStack() as stack:
-            for context in (torch.no_grad(), _eager(), fake_mode, _Dispatched(recorder), _Called(recorder)):
+            for context in (torch.no_grad(), _eager(), _quiet(), fake_mode, _Dispatched(recorder), _Called(recorder)):
                 stack.enter_context(context)
             skeleton(*inputs[0], **inputs[1])
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -176,6 +192,18 @@ def _eager() -> Any:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Fake tensors log a traceback for inputs of a wrong shape, which the error of the trace says in one sentence."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 # --- the state dict and the weightless copy
 
 
@@ -197,7 +225,7 @@ def _state(module: nn.Module) -> tuple[dict[str, StateTensor], dict[str, str], d
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue  # extra state: any object, not a tensor to be merged
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise ModelError(
                 f"parameter {name!r} of {type(module).__name__} has no shape yet",
                 "call the lazy module once on real inputs before segmenting it",
@@ -208,7 +236,8 @@ def _state(module: nn.Module) -> tuple[dict[str, StateTensor], dict[str, str], d
             tied[name] = names[memory]
             continue
         names.setdefault(memory, name)
-        owner = next((path for prefix, path in parametrised.items() if name.startswith(prefix)), name.rpartition(".")[0])
+        holders = (path for prefix, path in parametrised.items() if name.startswith(prefix))
+        owner = next(holders, name.rpartition(".")[0])
         tensors[name] = StateTensor(name, tuple(tensor.shape), isinstance(tensor, nn.Parameter), owner)
     return tensors, tied, names
 
@@ -284,17 +313,21 @@ class _Origin:
 
     Attributes:
         is_data: it depends on an input.
-        producers: operation index -> laid out anew since.
+        producers: operation index -> the module call that last laid the data out anew since, or ``KEPT``.
         waiting: names of the parameters that it is computed from, where it is not data.
         folded: rank before leading axes were folded into one ((batch, length, width) -> (batch * length, width)), 0
             where they were not. Such a 2-D tensor is still a sequence.
     """
 
     is_data: bool
-    producers: dict[int, bool] = field(default_factory=dict)
+    producers: dict[int, int] = field(default_factory=dict)
     waiting: tuple[str, ...] = ()
     folded: int = 0
 
+
+# A forward that undoes its own reshapes does so within a few steps; the results on a residual path are laid out anew
+# in every layer, which nobody asks for.
+_EXITS = 8
 
 _CONVOLUTION = "conv"  # in the name: conv1d, conv_transpose2d, convolution, conv_tbc, deform_conv2d, ...
 _RECURRENCE = {"gru", "lstm", "rnn_tanh", "rnn_relu", "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"}
@@ -321,7 +354,7 @@ _FIRST_ONLY = {"type_as", "to", "expand_as", "view_as", "reshape_as", "resize_as
 def _name_of(func: Any) -> str:
     """``matmul`` for ``Tensor.__matmul__`` and ``aten._matmul.default``; ``T`` for the property ``Tensor.T``."""
     if isinstance(func, torch._ops.OpOverload):
-        return func.overloadpacket.__name__.strip("_")
+        return str(func.overloadpacket.__name__).strip("_")
     name = str(getattr(func, "__name__", type(func).__name__))
     if name == "__get__":
         name = str(getattr(func.__self__, "__name__", name))
@@ -428,7 +461,7 @@ class _Recorder:
             folded = max(_folded_after(name, tensor, origin, results[0], self) for tensor, origin in data)
             for tensor in results:
                 self.origins[tensor] = _Origin(
-                    is_data=True, producers={operation.index: False}, folded=folded if tensor.dim() == 2 else 0
+                    is_data=True, producers={operation.index: KEPT}, folded=folded if tensor.dim() == 2 else 0
                 )
             return
         # One origin for all results of one rank and shape; split and chunk give many of them.
@@ -441,8 +474,9 @@ class _Recorder:
 
     def _passed_on(self, name: str, data: list[tuple[Tensor, _Origin]], result: Tensor) -> _Origin:
         """The origin of the result of a function without parameters."""
-        producers: dict[int, bool] = {}
+        producers: dict[int, int] = {}
         folded = 0
+        call = self.stack[-1] if self.stack else 0
         for tensor, origin in data:
             refolded = _folded_after(name, tensor, origin, result, self)
             folds = bool(refolded) != bool(origin.folded) and name in _RESHAPING
@@ -453,8 +487,10 @@ class _Recorder:
             )
             folded = max(folded, refolded)
             for index, before in origin.producers.items():
-                # Data that reach the result on two paths keep their layout if they keep it on one (a residual).
-                producers[index] = producers.get(index, True) and (before or anew)
+                exits = self.trace.operations[index].exits
+                if anew and len(exits) < _EXITS:
+                    exits.append((call, result.dim()))
+                _add(producers, index, call if anew else before)
         return _Origin(is_data=True, producers=producers, folded=folded)
 
     def _operation(
@@ -473,10 +509,10 @@ class _Recorder:
         else:
             kind = "other"
         tensor, origin = max(floating or data, key=lambda pair: pair[1].folded or pair[0].dim())
-        producers: dict[int, bool] = {}
+        producers: dict[int, int] = {}
         for _, other in data:
-            for index, anew in other.producers.items():
-                producers[index] = producers.get(index, True) and anew
+            for index, passage in other.producers.items():
+                _add(producers, index, passage)
         operation = Operation(
             index=len(self.trace.operations),
             kind=kind,
@@ -489,6 +525,12 @@ class _Recorder:
         )
         self.trace.operations.append(operation)
         return operation
+
+
+def _add(producers: dict[int, int], index: int, passage: int) -> None:
+    """Data that arrive on two paths keep their form if they keep it on one of them (a residual connection)."""
+    if producers.get(index) != KEPT:
+        producers[index] = passage
 
 
 def _folded_after(name: str, tensor: Tensor, origin: _Origin, result: Tensor, recorder: _Recorder) -> int:
@@ -534,11 +576,11 @@ class _Called(TorchFunctionMode):
         return result
 
 
-class _Dispatched(TorchDispatchMode):
+class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees what reaches the kernels without a torch function around it: scripted functions, for one."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -114,7 +114,9 @@ def _fetch_one(item: _Wanted, folder: Path) -> tuple[Input, int]:
     """One input on local disk, and how many bytes of it had to be transferred."""
     target = folder / item.place
     files = storage.fetch(item.uri, target)
-    for stale in sorted(path for path in target.rglob("*") if path.is_file() and path not in {file.path for file in files}):
+    for stale in sorted(
+        path for path in target.rglob("*") if path.is_file() and path not in {file.path for file in files}
+    ):
         stale.unlink()  # of an earlier fetch from another place: it would be taken for a part of this input
     path = files[0].path if len(files) == 1 else target
     records = [FileRecord(path=_relative(file.path, folder), bytes=file.size, sha256=file.sha256) for file in files]

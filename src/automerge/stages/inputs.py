@@ -51,7 +51,9 @@ class Inputs:
         fetched = {item.name: item.uri for item in manifest.inputs}
         if wanted != fetched:
             differ = sorted(name for name in {*wanted, *fetched} if wanted.get(name) != fetched.get(name))
-            raise SpecError(f"{folder}: was fetched for a spec with another {differ[0]!r}", "run `automerge fetch` again")
+            raise SpecError(
+                f"{folder}: was fetched for a spec with another {differ[0]!r}", "run `automerge fetch` again"
+            )
         checkpoints = [item.name for item in manifest.inputs if item.role in ("base", "source")]
         architecture = load_architecture(spec.model, {name: manifest.path(folder, name) for name in checkpoints})
         return cls(spec, folder, manifest, architecture)
@@ -109,7 +111,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"compute.device: {name!r} was asked for and no CUDA device is available", "use 'auto' or 'cpu'")
+        raise ModelError(
+            f"compute.device: {name!r} was asked for and no CUDA device is available", "use 'auto' or 'cpu'"
+        )
     return torch.device(name)
 
 

@@ -57,7 +57,9 @@ def search(
         loaded = Loaded.load(opened, device)
         blocks = mergeable_blocks(blocks_document, loaded.private)
         if not any(block.parameters for block in blocks):
-            raise SearchError("every parameter is private, so there is nothing to merge", "narrow 'private' in the spec")
+            raise SearchError(
+                "every parameter is private, so there is nothing to merge", "narrow 'private' in the spec"
+            )
         space = SearchSpace(blocks, [source.name for source in spec.sources], techniques, spec.search)
 
         average = loaded.recipe(blocks_document, space.recipe_blocks(space.average()))

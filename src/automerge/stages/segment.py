@@ -4,9 +4,8 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from automerge.errors import ModelError
-from automerge.models.architecture import Architecture
 from automerge.segmenting.segment import segment as segment_module
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
@@ -34,9 +33,19 @@ def segment(spec: Spec, inputs: Path, folder: Path) -> Segmentation:
         reference = spec.sources[0].name
         with torch.device("meta"):
             module = opened.architecture.build(reference, opened.arguments(reference))
-        args, kwargs = _example(opened, opened.architecture, module)
+        inputs_of_one = opened.architecture.example(module) or _one_sample(opened)
+        # A lone input called `inputs` is positional, as in Architecture.call.
+        args, kwargs = (
+            ((inputs_of_one["inputs"],), {}) if list(inputs_of_one) == ["inputs"] else ((), inputs_of_one)
+        )
         segmentation = segment_module(module, args, kwargs, granularity=spec.segmentation.granularity)
         segmentation.write(folder / SEGMENTATION)
         metrics.set("automerge_segment_blocks", len(segmentation.blocks))
         metrics.set("automerge_segment_parameters", sum(block.parameter_count for block in segmentation.blocks))
     return segmentation
+
+
+def _one_sample(opened: Inputs) -> dict[str, Tensor]:
+    """The first task's first validation sample, as shapes alone."""
+    data = opened.data(opened.spec.tasks[0], "validation")
+    return {name: tensor[:1].to("meta") for name, tensor in data.inputs.items()}

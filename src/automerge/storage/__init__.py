@@ -3,4 +3,14 @@
 from automerge.storage.objects import DownloadedFile, ObjectInfo
 from automerge.storage.store import download, fetch, fetch_all, list_objects, read_range, schemes, upload
 
-__all__ = ["DownloadedFile", "ObjectInfo", "download", "fetch", "fetch_all", "list_objects", "read_range", "schemes", "upload"]
+__all__ = [
+    "DownloadedFile",
+    "ObjectInfo",
+    "download",
+    "fetch",
+    "fetch_all",
+    "list_objects",
+    "read_range",
+    "schemes",
+    "upload",
+]

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from automerge.errors import StorageError
 from automerge.storage.objects import DownloadedFile, ObjectInfo
@@ -87,6 +87,11 @@ def upload_file(path: Path, uri: str) -> ObjectInfo:
     except OSError as error:
         _fail(str(path), f"copied to {target}", error)
     return _info(target, target.name)
+
+
+def child(uri: str, key: str) -> str:
+    """The URI or path of a key below a folder."""
+    return f"{uri.rstrip('/')}/{quote(key) if uri.startswith('file://') else key}"
 
 
 def check_digest(uri: str, found: str, expected: str | None) -> None:

@@ -153,6 +153,11 @@ def upload_file(path: Path, uri: str) -> ObjectInfo:
     return ObjectInfo(target, key.rsplit("/", 1)[-1], found.size, found.etag)
 
 
+def child(uri: str, key: str) -> str:
+    """The URI of a key below a prefix."""
+    return f"{uri.rstrip('/')}/{key}"
+
+
 class _Download:
     """One download in progress: a file under a temporary name and the record of its complete parts."""
 
@@ -173,7 +178,10 @@ class _Download:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # Between opening and locking, another download may have finished and renamed this very file.
+                if not os.path.samestat(os.fstat(descriptor), self._partial.stat()):
+                    raise BlockingIOError
+            except (BlockingIOError, FileNotFoundError):
                 raise StorageError(
                     f"{self._destination}: another process is downloading to it", "wait until it has finished"
                 ) from None
@@ -228,6 +236,13 @@ class _Download:
     def _part(self, descriptor: int, index: int) -> None:
         if self._stopped:
             return
+        try:
+            self._get_part(descriptor, index)
+        except BaseException:
+            self._stopped = True
+            raise
+
+    def _get_part(self, descriptor: int, index: int) -> None:
         start, stop = self._ranges[index]
         body = _retried(lambda: _get(self._bucket, self._key, start, stop, self._found.etag), self._uri)
         if len(body) != stop - start:
@@ -281,6 +296,8 @@ def _cached_client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
     except ImportError:
         raise MissingExtraError("s3:// URIs", "s3") from None
 
+    session = Session()
+
     def build(addressing: str) -> Any:
         config = Config(
             s3={"addressing_style": addressing},
@@ -289,7 +306,7 @@ def _cached_client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
             connect_timeout=10,
             read_timeout=60,
         )
-        return Session().client("s3", config=config)
+        return session.client("s3", config=config)
 
     client = build("auto")
     host = urlsplit(client.meta.endpoint_url).hostname or ""

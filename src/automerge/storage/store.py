@@ -35,6 +35,7 @@ class Store(Protocol):
     def read_range(self, uri: str, start: int, stop: int) -> bytes: ...
     def download(self, uri: str, destination: Path, sha256: str | None = None) -> DownloadedFile: ...
     def upload_file(self, path: Path, uri: str) -> ObjectInfo: ...
+    def child(self, uri: str, key: str) -> str: ...
 
 
 _STORES: dict[str, Store] = {"file": local, "s3": s3}
@@ -129,7 +130,7 @@ def upload(path: Path, uri: str) -> list[ObjectInfo]:
 
 
 def _uploaded(store: Store, path: Path, uri: str, key: str) -> ObjectInfo:
-    written = store.upload_file(path, f"{uri.rstrip('/')}/{key}")
+    written = store.upload_file(path, store.child(uri, key))
     return ObjectInfo(written.uri, key, written.size, written.etag)
 
 

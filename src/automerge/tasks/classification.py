@@ -30,7 +30,9 @@ class Classification(Task):
         if labels is None:
             raise TaskError(f"{file}: there are no labels", "store the class numbers as 'labels'")
         if labels.ndim != 1:
-            raise TaskError(f"{file}: the labels have the shape {list(labels.shape)}", "store one class number a sample")
+            raise TaskError(
+                f"{file}: the labels have the shape {list(labels.shape)}", "store one class number a sample"
+            )
         if int(labels.min()) < 0:
             raise TaskError(f"{file}: the label {int(labels.min())} is negative", "number the classes from 0")
         return TaskData(inputs, {"labels": labels})
@@ -45,12 +47,17 @@ class Classification(Task):
         return torch.ones_like(targets["labels"], dtype=torch.float32)
 
     def metric_ratios(self, logits: Tensor, targets: dict[str, Tensor], losses: Ratio) -> dict[str, Ratio]:
-        """See ``Task.metric_ratios``. Among equal logits the lower class counts as ahead, so a constant output scores as one."""
+        """See ``Task.metric_ratios``.
+
+        Among equal logits the lower class counts as ahead, so a constant output scores as one guess.
+        """
         labels = self._checked(logits, targets).unsqueeze(1)
         own = logits.gather(1, labels)
         classes = torch.arange(logits.shape[1], device=logits.device)
         ahead = ((logits > own) | ((logits == own) & (classes < labels))).sum(dim=1)
-        return {metric.name: Ratio(to_column(ahead < _TOP_K[metric.name]), losses.denominator) for metric in self.metrics}
+        return {
+            metric.name: Ratio(to_column(ahead < _TOP_K[metric.name]), losses.denominator) for metric in self.metrics
+        }
 
     def chance(self, metric: str, data: TaskData) -> float:
         """The share of the one, or five, most frequent classes of the data."""
@@ -61,7 +68,7 @@ class Classification(Task):
         labels = targets["labels"]
         if logits.ndim != 2 or len(logits) != len(labels):
             raise self.unfit(
-                f"the model returned {list(logits.shape)} for {len(labels)} samples where [samples, classes] is expected",
+                f"the model returned {list(logits.shape)} for {len(labels)} samples, not [samples, classes]",
                 "use a model with a classification head",
             )
         if len(labels) and int(labels.max()) >= logits.shape[1]:

@@ -48,8 +48,8 @@ def read_inputs_and_labels(path: Path) -> tuple[dict[str, Tensor], Tensor | None
         The inputs by name (``inputs`` for a lone one), and the labels or None.
 
     Raises:
-        TaskError: damaged, empty, a tensor of another name, lengths that differ, NaN or infinite inputs, labels that are
-            not integers.
+        TaskError: damaged, empty, a tensor of another name, lengths that differ, NaN or infinite inputs, labels that
+            are not integers.
     """
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
     inputs: dict[str, Tensor] = {}
@@ -70,13 +70,17 @@ def read_inputs_and_labels(path: Path) -> tuple[dict[str, Tensor], Tensor | None
     lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in columns.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise TaskError(f"{path}: the tensors differ in their number of samples ({listed})", "store one row for each sample")
+        raise TaskError(
+            f"{path}: the tensors differ in their number of samples ({listed})", "store one row for each sample"
+        )
     if 0 in lengths.values():
         raise TaskError(f"{path}: the data are empty", "give at least one sample")
     for name, tensor in inputs.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             row = int((~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)).nonzero()[0])
-            raise TaskError(f"{path}: {name} has NaN or infinite values, first in sample {row}", "mend or drop the sample")
+            raise TaskError(
+                f"{path}: {name} has NaN or infinite values, first in sample {row}", "mend or drop the sample"
+            )
         if tensor.dtype == torch.float64:
             inputs[name] = tensor.float()
     if labels is not None:
@@ -126,19 +130,23 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    remedy = "store plain arrays with numpy.savez"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise TaskError(f"{path}: not an npz file but a single array", remedy)
+        with archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         problem = "it holds Python objects, which are not read" if "allow_pickle" in str(error) else str(error)
-        raise TaskError(f"{path}: not a readable npz file ({problem})", "store plain arrays with numpy.savez") from None
-    except AttributeError:
-        raise TaskError(f"{path}: not an npz file", "store plain arrays with numpy.savez") from None
+        raise TaskError(f"{path}: not a readable npz file ({problem})", remedy) from None
     tensors: dict[str, Tensor] = {}
     for name, array in arrays.items():
         try:
             # Native byte order and positive strides, which torch needs.
             tensors[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
         except TypeError:
-            raise TaskError(f"{path}: {name} has the dtype {array.dtype}, which no model reads", "store numbers") from None
+            raise TaskError(
+                f"{path}: {name} has the dtype {array.dtype}, which no model reads", "store numbers"
+            ) from None
     return tensors

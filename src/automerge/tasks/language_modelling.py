@@ -26,17 +26,17 @@ _CHUNK_ELEMENTS = 2**24
 class LanguageModelling(Task):
     """Cross-entropy a token (nats); the share of tokens predicted, and perplexity.
 
-    Data: texts (jsonl with ``{"text": ...}`` a line, or txt as one document), tokenised with the tokenizer of the reference's
-    checkpoint; or safetensors or npz with ``inputs.input_ids`` (or ``inputs``) [n, T], optionally ``inputs.attention_mask``
-    and, for encoder-decoders, ``inputs.decoder_input_ids``, and ``labels`` [n, T] (-100: no target). Without labels the
-    targets are the input tokens. Padding is never a target.
+    Data: texts (jsonl with ``{"text": ...}`` a line, or txt as one document), tokenised with the tokenizer of the
+        reference's checkpoint; or safetensors or npz with ``inputs.input_ids`` (or ``inputs``) [n, T], optionally
+        ``inputs.attention_mask`` and, for encoder-decoders, ``inputs.decoder_input_ids``, and ``labels`` [n, T] (-100:
+        no target). Without labels the targets are the input tokens. Padding is never a target.
 
     Arguments:
         sequence_length: tokens a sample of text data (512).
-        pack: text data: join the documents, with an end token between them, and cut them into full samples (true); false
-            starts each document in a sample of its own. A document that is too long goes on in a further sample.
-        shift: the logits at a position predict the label of the next (true; false where data have decoder_input_ids, whose
-            labels stand where the logits do).
+        pack: text data: join the documents, with an end token between them, and cut them into full samples (true);
+            false starts each document in a sample of its own. A document that is too long goes on in a further sample.
+        shift: the logits at a position predict the label of the next (true; false where data have decoder_input_ids,
+            whose labels stand where the logits do).
     """
 
     LOSSES = ("cross_entropy",)
@@ -77,14 +77,12 @@ class LanguageModelling(Task):
         return TaskData(inputs, {"labels": self._targets(file, inputs, labels)})
 
     def loss(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy of each sample, summed over its tokens: float32 [n]; logits [n, T, vocabulary]. See ``Task.loss``."""
+        """Cross-entropy of each sample, summed over its tokens: float32 [n]. See ``Task.loss``."""
         labels = self._checked(logits, targets)
         rows = len(logits) if torch.is_grad_enabled() else max(1, _CHUNK_ELEMENTS // max(1, logits[0].numel()))
         parts = [
-            F.cross_entropy(
-                part.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
-            ).sum(dim=1)
-            for part, wanted in zip(logits.split(rows), labels.split(rows), strict=True)
+            F.cross_entropy(part.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none").sum(dim=1)
+            for part, wanted in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
         ]
         return torch.cat(parts)
 
@@ -117,8 +115,8 @@ class LanguageModelling(Task):
         labels = targets["labels"]
         if logits.ndim != 3 or logits.shape[:2] != labels.shape:
             raise self.unfit(
-                f"the model returned {list(logits.shape)} where [samples, tokens, vocabulary] with {list(labels.shape)} "
-                "samples and tokens is expected",
+                f"the model returned {list(logits.shape)} for targets {list(labels.shape)}, "
+                "not [samples, tokens, vocabulary]",
                 "use a model with a language modelling head",
             )
         if labels.numel() and int(labels.max()) >= logits.shape[2]:
@@ -138,17 +136,21 @@ class LanguageModelling(Task):
             if ids.is_floating_point():
                 raise TaskError(f"{file}: the input_ids are not integers", "store token ids as int64")
             labels = ids.long()
-        if labels.ndim != 2 or (ids is not None and labels.shape != ids.shape):
+        if labels.ndim != 2:
+            raise TaskError(f"{file}: the labels have the shape {list(labels.shape)}", "store [samples, tokens]")
+        if ids is not None and labels.shape != ids.shape:
             raise TaskError(
-                f"{file}: labels {list(labels.shape)} do not fit {key} {list(ids.shape) if ids is not None else '[n, T]'}",
-                "store [samples, tokens] for both",
+                f"{file}: the labels {list(labels.shape)} do not fit {key} {list(ids.shape)}",
+                "store a label for each token",
             )
         if bool(((labels < 0) & (labels != IGNORED)).any()):
             raise TaskError(f"{file}: a label is negative", f"use {IGNORED} for positions without a target")
         mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
         real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
         if real.shape != labels.shape:
-            raise TaskError(f"{file}: the attention mask {list(real.shape)} does not fit the labels", "store [n, T] for both")
+            raise TaskError(
+                f"{file}: the attention mask {list(real.shape)} does not fit the labels", "store [n, T] for both"
+            )
         if self._shift if self._shift is not None else not decoder:
             # The last position predicts nothing, nor does padding.
             wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -198,12 +200,14 @@ def _padded(windows: Sequence[Sequence[int]], padding: int, length: int) -> dict
 def _tokenizer(file: Path, folder: Path | None) -> Any:
     """The tokenizer of a checkpoint folder; the network is not used, and no code from the folder is run."""
     if folder is None:
-        raise TaskError(f"{file}: text data need a tokenizer, and this model has none", "store token ids as 'inputs.input_ids'")
+        raise TaskError(
+            f"{file}: text data need a tokenizer, and this model has none", "store token ids as 'inputs.input_ids'"
+        )
     try:
         from transformers import AutoTokenizer
     except ImportError:
         raise MissingExtraError("text data", "transformers") from None
-    if not any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")):
+    if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")):
         raise TaskError(f"{folder}: there is no tokenizer in this checkpoint, and {file.name} is text", "add its files")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -10,7 +10,12 @@ from automerge.tasks.task import Scores, Task, TaskData
 
 
 def evaluate_task(
-    architecture: Architecture, module: nn.Module, task: Task, data: TaskData, batch_size: int, device: torch.device | str
+    architecture: Architecture,
+    module: nn.Module,
+    task: Task,
+    data: TaskData,
+    batch_size: int,
+    device: torch.device | str,
 ) -> Scores:
     """Loss and metrics of a model on every sample of a task, in the order of the data.
 
@@ -26,7 +31,8 @@ def evaluate_task(
         Scores of ``len(data)`` samples; losses and metrics are computed in float32 from the module's logits.
 
     Raises:
-        TaskError: the loss of a sample is not finite, the logits do not fit the targets, or the model fails on the inputs.
+        TaskError: the loss of a sample is not finite, the logits do not fit the targets, or the model fails on the
+            inputs.
     """
     parts: list[Scores] = []
     start = 0

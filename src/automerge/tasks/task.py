@@ -1,8 +1,8 @@
 """The interface of a task kind: data, a loss, and metrics, all as ratios of sums over samples.
 
-A mean over tokens is not a mean of samples' means, and a perplexity is not a mean at all; but both follow from sums. So a
-task gives each sample a numerator and a denominator, and every figure (over all data, a batch, or a bootstrap resample)
-is transform(sum of numerators / sum of denominators).
+A mean over tokens is not a mean of samples' means, and a perplexity is not a mean at all; but both follow from sums. So
+a task gives each sample a numerator and a denominator, and every figure (over all data, a batch, or a bootstrap
+resample) is transform(sum of numerators / sum of denominators).
 """
 
 import hashlib
@@ -163,7 +163,9 @@ class Task(ABC):
         where = f"tasks.{spec.name}"
         declared = {metric.name: metric for metric in self.METRICS}
         if spec.loss not in self.LOSSES:
-            raise TaskError(f"{where}.loss: {spec.kind} has no loss {spec.loss!r}", nearest(spec.loss, list(self.LOSSES)))
+            raise TaskError(
+                f"{where}.loss: {spec.kind} has no loss {spec.loss!r}", nearest(spec.loss, list(self.LOSSES))
+            )
         names = list(dict.fromkeys(spec.metrics)) or list(self.DEFAULT_METRICS)
         for name in names:
             if name not in declared:
@@ -202,7 +204,7 @@ class Task(ABC):
 
     @abstractmethod
     def metric_ratios(self, logits: Tensor, targets: dict[str, Tensor], losses: Ratio) -> dict[str, Ratio]:
-        """The chosen metrics (``self.metrics``) of each sample, by name; ``losses`` are those of ``loss``, for reuse."""
+        """The chosen metrics (``self.metrics``) of each sample, by name; ``losses`` may be reused for them."""
 
     @abstractmethod
     def chance(self, metric: str, data: TaskData) -> float:

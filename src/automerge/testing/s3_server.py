@@ -18,7 +18,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class S3Server:
 
     endpoint: str
     access_key: str
-    secret_key: str
+    secret_key: str = field(repr=False)
     bucket: str
     process: "subprocess.Popen[bytes]"
 
@@ -129,6 +129,8 @@ def start_s3(folder: Path, bucket: str = "models") -> S3Server:
         "-ip.bind=127.0.0.1",
         "-s3.ip.bind=127.0.0.1",
         *(f"-{flag}={port}" for flag, port in ports.items()),
+        # Amazon does not make a bucket because someone writes to it.
+        "-s3.autoCreateBucket=false",
         # These two would listen on fixed ports.
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",

@@ -1,0 +1,5 @@
+"""The component ``segment``."""
+
+from components.segment.component import segment
+
+__all__ = ["segment"]

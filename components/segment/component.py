@@ -1,0 +1,23 @@
+"""The component ``segment``."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)
+def segment(spec: str, inputs: dsl.Input[dsl.Artifact], segmentation: dsl.Output[dsl.Artifact]) -> None:
+    """Cut the architecture into blocks by one inference on fake tensors; no weights are read.
+
+    Args:
+        spec: The spec as JSON or YAML text.
+        inputs: What `fetch` wrote.
+        segmentation: Folder with `segmentation.json`.
+    """
+    from pathlib import Path
+
+    from automerge.spec import parse_spec
+    from automerge.stages.process import stage_process
+    from automerge.stages.segment import segment as segment_stage
+
+    with stage_process():
+        result = segment_stage(parse_spec(spec), Path(inputs.path), Path(segmentation.path))
+        segmentation.metadata.update(blocks=len(result.blocks), granularity=result.granularity)

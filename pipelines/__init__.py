@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines pipelines that are made of the components."""

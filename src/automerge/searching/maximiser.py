@@ -1,0 +1,161 @@
+"""Maximising the acquisition function on arrays of points.
+
+SMAC's own maximiser walks from neighbour to neighbour one configuration object at a time, which costs more than half a
+second a trial. Here a generation of candidates is one array and its acquisition values one call of the forest: random
+points over the whole space, and one-exchange neighbours (Hutter, Hoos and Leyton-Brown, LION 2011) of the best points,
+from which the search climbs for as long as a generation brings a better one. Only the winners become configurations.
+
+Points are encoded as ConfigSpace encodes them: a float as its place in [0, 1] of its range, a categorical as its
+choice's index, and an inactive conditional as NaN.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationSpace
+from ConfigSpace.conditions import Condition, EqualsCondition, InCondition
+from ConfigSpace.hyperparameters import UniformFloatHyperparameter, UniformIntegerHyperparameter
+from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
+
+from automerge.errors import SearchError
+
+Array = npt.NDArray[np.float64]
+
+RANDOM_POINTS = 2048
+"""Random points of a generation: enough that every choice of three blocks' techniques is seen several times."""
+
+STARTS = 10
+"""Points that each generation climbs from, as many as SMAC's local search starts."""
+
+GENERATIONS = 20
+"""Most steps of a climb; almost all end by themselves before."""
+
+STEPS = (0.2, 0.05, 0.01)
+"""Standard deviations of a float's neighbours, in parts of its range: far, near (SMAC's is 0.05), and fine."""
+
+NEIGHBOURS = 2
+"""Neighbours of a float for each of the steps."""
+
+RETURNED = 32
+"""Points handed to SMAC, best first; it takes the first one it has not seen."""
+
+
+@dataclass(frozen=True)
+class _Conditional:
+    """A hyperparameter that is active only under some choices of another."""
+
+    child: int
+    parent: int
+    choices: npt.NDArray[np.bool_]
+
+
+class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
+    """An acquisition maximiser for spaces of floats, integers and categoricals, with conditions on categoricals.
+
+    Args:
+        configspace: the space.
+        seed: of the random points.
+
+    Raises:
+        SearchError: the space has a hyperparameter or condition of another kind.
+    """
+
+    def __init__(self, configspace: ConfigurationSpace, seed: int) -> None:
+        super().__init__(configspace, seed=seed)
+        hyperparameters = list(configspace.values())
+        self._index = {hyperparameter.name: index for index, hyperparameter in enumerate(hyperparameters)}
+        self._choices = np.zeros(len(hyperparameters), dtype=np.int64)  # 0: not categorical
+        for index, hyperparameter in enumerate(hyperparameters):
+            if isinstance(hyperparameter, CategoricalHyperparameter):
+                self._choices[index] = len(hyperparameter.choices)
+            elif not isinstance(hyperparameter, UniformFloatHyperparameter | UniformIntegerHyperparameter):
+                raise SearchError(f"the space's {hyperparameter.name!r} is of no kind that can be searched", "report it")
+        self._conditionals = [self._conditional(condition) for condition in configspace.conditions]
+
+    def _conditional(self, condition: Condition) -> _Conditional:
+        parent = condition.parent
+        if not isinstance(condition, EqualsCondition | InCondition) or not isinstance(parent, CategoricalHyperparameter):
+            raise SearchError(f"the space's condition {condition} is of no kind that can be searched", "report it")
+        values = [condition.value] if isinstance(condition, EqualsCondition) else list(condition.values)
+        choices = np.array([choice in values for choice in parent.choices])
+        return _Conditional(self._index[condition.child.name], self._index[parent.name], choices)
+
+    def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[tuple[float, Configuration]]:
+        """The best points found, best first, with their acquisition values."""
+        seen = np.array([config.get_array() for config in previous_configs])
+        points = np.concatenate([self._random(RANDOM_POINTS), seen])
+        values = self._acquisition(points)
+        points, values = _best(points, values, max(RETURNED, STARTS))
+        for _ in range(GENERATIONS):
+            candidates = self._neighbours(points[:STARTS])
+            before = values[:STARTS].copy()
+            points, values = _best(
+                np.concatenate([points, candidates]),
+                np.concatenate([values, self._acquisition(candidates)]),
+                max(RETURNED, STARTS),
+            )
+            if np.array_equal(values[:STARTS], before):
+                break
+        found = []
+        for point, value in zip(points, values, strict=True):
+            config = Configuration(self._configspace, vector=point)
+            config.origin = "Acquisition Function Maximizer: Vectorised Search"
+            found.append((float(value), config))
+        return found
+
+    def _acquisition(self, points: Array) -> Array:
+        assert self._acquisition_function is not None  # noqa: S101 - SMAC sets it before the first call
+        values: Array = np.asarray(self._acquisition_function._compute(points), dtype=np.float64).reshape(-1)
+        return np.where(np.isnan(values), -np.inf, values)
+
+    def _random(self, count: int) -> Array:
+        """Points drawn uniformly: [count, hyperparameters]."""
+        return self._deactivated(self._random_values(count))
+
+    def _neighbours(self, starts: Array) -> Array:
+        """All points that differ from a start in one active hyperparameter (and what it activates)."""
+        found = []
+        # What a changed choice activates needs a value; all are drawn, and the inactive ones dropped again.
+        fill = self._random_values(len(starts))
+        filled = np.where(np.isnan(starts), fill, starts)
+        for index, choices in enumerate(self._choices):
+            active = ~np.isnan(starts[:, index])
+            if not active.any():
+                continue
+            base = filled[active]
+            if choices:
+                for step in range(1, choices):
+                    changed = base.copy()
+                    changed[:, index] = (changed[:, index] + step) % choices
+                    found.append(changed)
+                continue
+            for deviation in STEPS:
+                for _ in range(NEIGHBOURS):
+                    changed = base.copy()
+                    changed[:, index] = np.clip(changed[:, index] + self._rng.normal(0, deviation, len(base)), 0, 1)
+                    found.append(changed)
+        return self._deactivated(np.concatenate(found))
+
+    def _random_values(self, count: int) -> Array:
+        values = self._rng.random_sample((count, len(self._choices)))
+        categorical = self._choices > 0
+        values[:, categorical] = np.floor(values[:, categorical] * self._choices[categorical])
+        return values
+
+    def _deactivated(self, points: Array) -> Array:
+        """The points with every conditional whose condition does not hold set to NaN."""
+        for each in self._conditionals:
+            parent = points[:, each.parent]
+            holds = ~np.isnan(parent)
+            holds[holds] = each.choices[parent[holds].astype(np.int64)]
+            points[~holds, each.child] = np.nan
+        return points
+
+
+def _best(points: Array, values: Array, count: int) -> tuple[Array, Array]:
+    """The points of highest value without repetitions, best first; of equals, the earliest."""
+    order = np.argsort(-values, kind="stable")
+    _, first = np.unique(np.nan_to_num(points[order], nan=-1.0), axis=0, return_index=True)
+    kept = order[np.sort(first)][:count]
+    return points[kept], values[kept]

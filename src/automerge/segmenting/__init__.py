@@ -1,0 +1,1 @@
+"""Segmentation: where to cut a model into blocks."""

@@ -1,0 +1,56 @@
+"""A process that runs stages unattended: how it logs, and how it ends when a user's error stops it."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from automerge.errors import AutoMergeError
+from automerge.telemetry.logs import configure_logs
+
+if TYPE_CHECKING:
+    from automerge.searching.search import SearchProgress
+
+log = logging.getLogger(__name__)
+
+ERROR_PREFIX = "error: "
+"""What the sentence of a user's error begins with on stderr, so that whoever reads the log can find it."""
+
+LOG_EVERY_TRIALS = 10
+
+
+@contextmanager
+def stage_process() -> Iterator[None]:
+    """Run stages in a process whose only reader is its log.
+
+    Logs go to stderr by ``AUTOMERGE_LOG_FORMAT`` and ``AUTOMERGE_LOG_LEVEL``. An error that a user can cause ends the
+    process as it ends the CLI: one sentence on stderr and the error's exit code. Anything else is a defect of ours and
+    keeps its traceback.
+
+    Raises:
+        SystemExit: an AutoMergeError was raised inside.
+    """
+    level = os.environ.get("AUTOMERGE_LOG_LEVEL", "INFO").upper()
+    configure_logs(
+        "json" if os.environ.get("AUTOMERGE_LOG_FORMAT") == "json" else "human",
+        level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO",
+    )
+    try:
+        yield
+    except AutoMergeError as error:
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def log_progress(event: "SearchProgress") -> None:
+    """Log one line for every tenth trial of a search, and for the last."""
+    if event.replayed or (event.done % LOG_EVERY_TRIALS and event.done != event.total):
+        return
+    best = event.best
+    if best is None or best.objective is None:
+        log.info("trial %d of %d, none has succeeded yet", event.done, event.total)
+        return
+    cp = ", ".join(f"{task} {value:.3f}" for task, value in best.cp.items())
+    log.info("trial %d of %d, best objective %.4f (CP: %s)", event.done, event.total, best.objective, cp)

@@ -1,0 +1,49 @@
+"""Running a module on a task's data."""
+
+import pytest
+import torch
+from torch import nn
+
+from automerge.errors import TaskError
+from automerge.models.factory import FactoryArchitecture
+from automerge.spec import ModelSpec, TaskSpec
+from automerge.tasks.run import evaluate_task
+from automerge.tasks.task import TaskData, load_task
+
+ARCHITECTURE = FactoryArchitecture(ModelSpec(kind="factory", target="torch.nn:Linear"), {})
+TASK = load_task(TaskSpec(name="blobs", kind="classification", specialist="a", validation="v", test="t"), None)
+
+
+def _data(n=11):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, 4, generator=generator)
+    return TaskData({"inputs": inputs}, {"labels": torch.randint(0, 3, (n,), generator=generator)})
+
+
+def test_batches_make_no_difference_and_the_order_is_kept():
+    module, data = nn.Linear(4, 3).eval(), _data()
+    expected = TASK.score(module(data.inputs["inputs"]), data.targets)
+    for batch_size in (1, 4, 100):
+        scores = evaluate_task(ARCHITECTURE, module, TASK, data, batch_size, "cpu")
+        assert len(scores) == 11
+        torch.testing.assert_close(
+            torch.from_numpy(scores.losses.numerator), torch.from_numpy(expected.losses.numerator), rtol=1e-5, atol=1e-6
+        )
+    assert not any(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_half_precision_modules_take_float32_inputs():
+    module = nn.Linear(4, 3).to(torch.bfloat16).eval()
+    assert 0 < evaluate_task(ARCHITECTURE, module, TASK, _data(), 4, torch.device("cpu")).mean_loss < 10
+
+
+def test_a_loss_that_is_not_finite_names_task_and_sample():
+    module, data = nn.Linear(4, 3).eval(), _data()
+    data.inputs["inputs"][6] = torch.inf
+    with pytest.raises(TaskError, match="task 'blobs': the loss of sample 6 is not finite"):
+        evaluate_task(ARCHITECTURE, module, TASK, data, 4, "cpu")
+
+
+def test_a_model_that_does_not_take_the_inputs():
+    with pytest.raises(TaskError, match=r"task 'blobs': the model fails on the inputs inputs \[4, 4\]: RuntimeError"):
+        evaluate_task(ARCHITECTURE, nn.Linear(5, 3), TASK, _data(), 4, "cpu")
