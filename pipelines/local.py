@@ -3,15 +3,14 @@
 import io
 import json
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from google.protobuf import json_format
+from google.protobuf import json_format  # type: ignore[import-untyped]
 from kfp import components, local
 from kfp.local.config import LocalExecutionConfig
 
@@ -53,7 +52,7 @@ class LocalRun:
     log: Path
 
 
-def run_local(spec: Spec, pipeline_root: Path, *, echo: Callable[[str], None] | None = None) -> LocalRun:
+def run_local(spec: Spec, pipeline_root: Path, *, echo: TextIO | None = None) -> LocalRun:
     """Run the merge pipeline by ``kfp.local`` with a subprocess of this interpreter for each task.
 
     Tasks inherit the environment, and so its credentials. A failed task is not started again.
@@ -61,7 +60,7 @@ def run_local(spec: Spec, pipeline_root: Path, *, echo: Callable[[str], None] | 
     Args:
         spec: the spec, with absolute paths.
         pipeline_root: each run gets a folder of its own in it; the log is ``pipeline.log``, appended to.
-        echo: is given the name of each task as it starts and each of its log lines; by default they go to stderr.
+        echo: gets the name of each task as it starts, and the lines that our code logs in it; nothing by default.
 
     Raises:
         SpecError: the spec is too large to be an argument.
@@ -79,7 +78,7 @@ def run_local(spec: Spec, pipeline_root: Path, *, echo: Callable[[str], None] | 
     except OSError as error:
         raise PipelineError(f"{root}: cannot be written ({error.strerror})", "choose another folder") from None
     with log:
-        reader = _LogReader(log, echo or _to_stderr)
+        reader = _LogReader(log, echo)
         with _local_execution(root), redirect_stdout(reader):
             try:
                 outputs = _without_retries()(spec=argument).outputs
@@ -146,7 +145,7 @@ class _LogReader(io.TextIOBase):
     The lines of tasks are indented by four spaces, those of the engine are not.
     """
 
-    def __init__(self, log: TextIO, echo: Callable[[str], None]) -> None:
+    def __init__(self, log: TextIO, echo: TextIO | None) -> None:
         self._log = log
         self._echo = echo
         self._rest = ""
@@ -180,18 +179,19 @@ class _LogReader(io.TextIOBase):
         own = line.removeprefix(_INDENT)
         if started and not line.startswith(_INDENT):
             self._task, self._error = started[1], []
-            self._echo(self._task)
+            self._hand_on(self._task)
         elif line.startswith(_INDENT) and own.startswith(ERROR_PREFIX):
             self._error = [own.removeprefix(ERROR_PREFIX)]
         elif line.startswith(_INDENT) and self._error and own.strip():
             self._error.append(own)
         elif line.startswith(_INDENT) and _OWN_LINE.match(own):
-            self._echo(own)
+            self._hand_on(own)
+
+    def _hand_on(self, line: str) -> None:
+        if self._echo is not None:
+            self._echo.write(f"{line}\n")  # not by print, which kfp.local has replaced
+            self._echo.flush()
 
 
 def _plain(text: str) -> str:
     return _COLOUR.sub("", text)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

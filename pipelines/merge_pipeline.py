@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kfp import compiler, dsl, kubernetes
-
 from components.evaluate import evaluate
 from components.fetch import fetch
 from components.register import register
 from components.search_merge import search_merge
 from components.segment import segment
+from kfp import compiler, dsl, kubernetes
 
 COMPILED = Path(__file__).with_name("merge_pipeline.yaml")
 
@@ -57,7 +56,15 @@ POLICIES = {
 }
 
 
-@dsl.pipeline(name="automerge-merge", display_name="AutoMerge")
+class Outputs(NamedTuple):
+    """What a run leaves whatever the verdict; the registration is an output of its task."""
+
+    verdict: str
+    evaluation: dsl.Artifact
+    model: dsl.Model
+
+
+@dsl.pipeline(name="automerge-merge", display_name="AutoMerge")  # type: ignore[untyped-decorator]
 def merge_pipeline(
     spec: str,
     image: str = "automerge:0.1.0",
@@ -65,10 +72,10 @@ def merge_pipeline(
     memory: str = "16Gi",
     accelerator_type: str = "nvidia.com/gpu",
     accelerator_count: str = "0",
-    s3_secret: str = "automerge-s3",
-    registry_secret: str = "automerge-registry",
+    s3_secret: str = "automerge-s3",  # noqa: S107 - the name of a secret
+    registry_secret: str = "automerge-registry",  # noqa: S107
     config_map: str = "automerge",
-) -> NamedTuple("Outputs", [("verdict", str), ("evaluation", dsl.Artifact), ("model", dsl.Model)]):  # type: ignore[valid-type]
+) -> Outputs:
     """Merge the sources of a spec and register the result if it passes the spec's quality gate.
 
     A run whose model the gate refuses succeeds with the verdict `fail` and registers nothing.
@@ -86,9 +93,7 @@ def merge_pipeline(
     """
     fetched = fetch(spec=spec)
     segmented = segment(spec=spec, inputs=fetched.outputs["inputs"])
-    found = search_merge(
-        spec=spec, inputs=fetched.outputs["inputs"], segmentation=segmented.outputs["segmentation"]
-    )
+    found = search_merge(spec=spec, inputs=fetched.outputs["inputs"], segmentation=segmented.outputs["segmentation"])
     evaluated = evaluate(
         spec=spec,
         inputs=fetched.outputs["inputs"],
@@ -96,7 +101,7 @@ def merge_pipeline(
         search=found.outputs["search"],
         model=found.outputs["model"],
     )
-    with dsl.If(evaluated.outputs["verdict"] == "pass", name="gate-passed"):
+    with dsl.If(evaluated.outputs["Output"] == "pass", name="gate-passed"):
         registered = register(
             spec=spec,
             inputs=fetched.outputs["inputs"],
@@ -110,9 +115,7 @@ def merge_pipeline(
         policy = POLICIES[task.name]
         task.set_container_image(image)
         task.set_caching_options(policy.cache)
-        task.set_retry(
-            policy.retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s"
-        )
+        task.set_retry(policy.retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
         kubernetes.set_security_context(task, run_as_non_root=True)
         kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")  # noqa: S108 - of the pod alone
         kubernetes.use_config_map_as_env(task, config_map, {key: key for key in CONFIG_KEYS}, optional=True)
@@ -125,8 +128,7 @@ def merge_pipeline(
         kubernetes.use_secret_as_env(task, s3_secret, {key: key for key in S3_SECRET_KEYS}, optional=True)
     kubernetes.use_secret_as_env(registered, registry_secret, {key: key for key in REGISTRY_SECRET_KEYS}, optional=True)
 
-    outputs = NamedTuple("Outputs", [("verdict", str), ("evaluation", dsl.Artifact), ("model", dsl.Model)])
-    return outputs(evaluated.outputs["verdict"], evaluated.outputs["evaluation"], found.outputs["model"])
+    return Outputs(evaluated.outputs["Output"], evaluated.outputs["evaluation"], found.outputs["model"])
 
 
 def compile_pipeline(path: Path = COMPILED) -> Path:
@@ -137,7 +139,9 @@ def compile_pipeline(path: Path = COMPILED) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """``python -m pipelines.merge_pipeline [--output FILE]``."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.merge_pipeline", description="Compile the merge pipeline.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.merge_pipeline", description="Compile the merge pipeline."
+    )
     parser.add_argument("--output", type=Path, default=COMPILED, help="the YAML file to write")
     print(compile_pipeline(parser.parse_args(arguments).output))
 

@@ -1,11 +1,9 @@
 """The component ``evaluate``."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 
-@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)  # type: ignore[untyped-decorator]
 def evaluate(
     spec: str,
     inputs: dsl.Input[dsl.Artifact],
@@ -15,7 +13,7 @@ def evaluate(
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
-) -> NamedTuple("Outputs", [("verdict", str)]):  # type: ignore[valid-type]
+) -> str:
     """Measure the merged model on the test data against its sources and the baselines, and judge it by the gate.
 
     A model that the gate refuses is a result and no error: the task succeeds with the verdict `fail`.
@@ -31,11 +29,10 @@ def evaluate(
         metrics: Preservation rates in percent and preservation discrepancy in points; 1 or 0 for the gate.
 
     Returns:
-        verdict: `pass` or `fail`, by the spec's quality gate.
+        The verdict of the spec's quality gate: `pass` or `fail`.
     """
     import shutil
     from pathlib import Path
-    from typing import NamedTuple
 
     from automerge.spec import parse_spec
     from automerge.stages.documents import REPORT
@@ -52,4 +49,4 @@ def evaluate(
         if value is not None:
             metrics.log_metric(name, value)
     metrics.log_metric("gate_passed", int(result.gate.verdict == "pass"))
-    return NamedTuple("Outputs", [("verdict", str)])(result.gate.verdict)
+    return result.gate.verdict

@@ -3,7 +3,7 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)  # type: ignore[untyped-decorator]
 def fetch(spec: str, inputs: dsl.Output[dsl.Artifact]) -> None:
     """Bring all checkpoints and data of a spec into one artifact, verified.
 

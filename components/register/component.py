@@ -5,7 +5,7 @@ from typing import NamedTuple
 from kfp import dsl
 
 
-@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)  # type: ignore[untyped-decorator]
 def register(
     spec: str,
     inputs: dsl.Input[dsl.Artifact],
@@ -33,7 +33,6 @@ def register(
         uri: The version's name for the registry's own tools.
     """
     from pathlib import Path
-    from typing import NamedTuple
 
     from automerge.spec import parse_spec
     from automerge.stages.process import stage_process
@@ -43,4 +42,4 @@ def register(
         artifacts = (inputs, segmentation, search, model, evaluation, registration)
         registered = register_stage(parse_spec(spec), *[Path(artifact.path) for artifact in artifacts])
     registration.metadata.update(model=registered.model, version=registered.version, uri=registered.uri)
-    return NamedTuple("Outputs", [("version", str), ("uri", str)])(registered.version, registered.uri)
+    return registered.version, registered.uri

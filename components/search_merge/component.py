@@ -3,7 +3,7 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)  # type: ignore[untyped-decorator]
 def search_merge(
     spec: str,
     inputs: dsl.Input[dsl.Artifact],
@@ -40,4 +40,4 @@ def search_merge(
             raise SearchError("the search was interrupted", "run the task again")
         merged = merge_stage(parsed, fetched, found / RECIPE, Path(model.path))
         search.metadata.update(recipe=merged.recipe, trials=len(result.trials), objective=result.best.objective)
-        model.metadata.update(recipe=merged.recipe, digest=merged.digest, parameters=merged.parameter_count)
+        model.metadata.update(recipe=merged.recipe, weights=merged.weights, parameters=merged.parameter_count)

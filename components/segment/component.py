@@ -3,7 +3,7 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="automerge:0.1.0", install_kfp_package=False)  # type: ignore[untyped-decorator]
 def segment(spec: str, inputs: dsl.Input[dsl.Artifact], segmentation: dsl.Output[dsl.Artifact]) -> None:
     """Cut the architecture into blocks by one inference on fake tensors; no weights are read.
 

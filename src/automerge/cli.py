@@ -167,7 +167,7 @@ def merge(spec: Path, output: Path | None, recipe: Path | None) -> None:
 
     loaded, run = _begin(spec, output)
     merged = stage(loaded, run / "fetch", recipe or run / "search" / "recipe.json", run / "merge")
-    click.echo(f"merged {merged.parameter_count:,} parameters into {run / 'merge'} (digest {merged.digest[:16]})")
+    click.echo(f"merged {merged.parameter_count:,} parameters into {run / 'merge'} (digest {merged.weights[:16]})")
 
 
 @cli.command()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Tied(nn.Module):
-    """A decoder whose output shares the embedding, with a table that no checkpoint holds, and a counter that one does."""
+    """A decoder with a tied output, a table that no checkpoint holds, and a counter that one does."""
 
     def __init__(self, vocabulary: int = 7, width: int = 4) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ def _architecture(**update):
 
 def test_kinds_are_plugins():
     assert isinstance(_architecture(), FactoryArchitecture)
-    with pytest.raises(PluginError, match="model.kind: unknown model kind 'transformer'; did you mean 'transformers'"):
+    with pytest.raises(PluginError, match=r"model.kind: unknown model kind 'transformer'; did you mean 'transformers'"):
         _architecture(kind="transformer")
 
 
@@ -45,7 +45,11 @@ def test_a_module_that_returns_no_tensor(make):
 
 
 def test_example_inputs_of_the_spec():
-    example = {"x": {"shape": [1, 3, 4, 4]}, "ids": {"shape": [1, 5], "dtype": "int64"}, "m": {"shape": [1], "dtype": "bool"}}
+    example = {
+        "x": {"shape": [1, 3, 4, 4]},
+        "ids": {"shape": [1, 5], "dtype": "int64"},
+        "m": {"shape": [1], "dtype": "bool"},
+    }
     architecture = _architecture(example=example)
     made = architecture.example(nn.Linear(1, 1))
     assert {name: (list(tensor.shape), tensor.dtype) for name, tensor in made.items()} == {

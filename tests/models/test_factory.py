@@ -67,7 +67,7 @@ def test_a_module_that_cannot_be_imported(tmp_path):
         build("broken_model:f", tmp_path)
     with pytest.raises(ModelError, match="importing 'raising_model' raised ZeroDivisionError"):
         build("raising_model:f", tmp_path)
-    with pytest.raises(ModelError, match="model.python_path: .*missing is not a folder"):
+    with pytest.raises(ModelError, match=r"model.python_path: .*missing is not a folder"):
         build("broken_model:f", tmp_path / "missing")
 
 
@@ -84,6 +84,6 @@ def test_two_specs_may_have_modules_of_one_name(tmp_path):
 def test_a_module_hidden_by_an_installed_one(tmp_path):
     (tmp_path / "json.py").write_text("")
     spec = ModelSpec(kind="factory", target="json:build", python_path=[str(tmp_path)])
-    with pytest.raises(ModelError, match="'json' in .* is hidden by an installed module"):
+    with pytest.raises(ModelError, match=r"'json' in .* is hidden by an installed module"):
         FactoryArchitecture(spec, {}).build("a", {})
     assert str(tmp_path) not in sys.path

@@ -51,7 +51,7 @@ def test_one_name_of_a_tied_group_is_enough_and_ties_hold():
 def test_tied_names_with_different_values():
     state = _state(architectures.Tied())
     state["out.weight"] += 1
-    with pytest.raises(ModelError, match="a: embed.weight and out.weight are one tensor in the model and differ"):
+    with pytest.raises(ModelError, match=r"a: embed.weight and out.weight are one tensor in the model and differ"):
         load_state(architectures.Tied(), state, "a")
 
 
@@ -89,7 +89,7 @@ def test_every_misfit_is_named_with_the_count_and_nothing_is_changed():
     good = _state(architectures.Small())
 
     missing = {name: tensor for name, tensor in good.items() if not name.startswith("rnn")}
-    with pytest.raises(ModelError, match="a: the checkpoint lacks 4 tensors the model needs: rnn.weight_ih_l0, "):
+    with pytest.raises(ModelError, match=r"a: the checkpoint lacks 4 tensors the model needs: rnn.weight_ih_l0, "):
         load_state(module, missing, "a")
     extra = {**good, **{f"extra.{index}": torch.zeros(1) for index in range(12)}}
     with pytest.raises(ModelError, match=r"has 12 tensors the model does not know: extra.0, .*extra.9, \.\.\."):
@@ -97,7 +97,7 @@ def test_every_misfit_is_named_with_the_count_and_nothing_is_changed():
     misshapen = {**good, "head.bias": torch.zeros(4)}
     with pytest.raises(ModelError, match=r"has 1 tensor in another shape than the model: head.bias \[4\] for \[3\]"):
         load_state(module, misshapen, "a")
-    with pytest.raises(ModelError, match="head.bias is int64, where the model has float32"):
+    with pytest.raises(ModelError, match=r"head.bias is int64, where the model has float32"):
         load_state(module, {**good, "head.bias": torch.zeros(3, dtype=torch.int64)}, "a")
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 

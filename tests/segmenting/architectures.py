@@ -132,7 +132,7 @@ def cct() -> Built:
 
 def hybrid() -> Built:
     with torch.device("meta"):
-        batch = {"camera": torch.empty(2, 3, 16, 16), "lidar": torch.empty(2, 1, 8, 8)}
+        batch = {"camera": torch.empty(2, 3, 8, 8), "lidar": torch.empty(2, 1, 4, 4)}
         return HybridDriver(), (batch,), {}
 
 

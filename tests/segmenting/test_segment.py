@@ -1,6 +1,7 @@
 """What begins a block and what does not, on small models; and the finer granularities."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -335,6 +336,22 @@ def test_a_windowed_transformer_on_channel_last_maps() -> None:
     ]
 
 
+def test_a_norm_over_channels_stays_with_its_convolution() -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, 4)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.norm(self.patches(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    found = segment(nn.Sequential(Embedding(), nn.Flatten(2), nn.Linear(16, 4)), (torch.randn(2, 3, 16, 16),))
+    assert outline(found) == [("convolutional", ["0"]), ("sequence", ["2"])]
+    assert len(found.blocks[0].parameters) == 4
+    assert found.blocks[1].transition == "4-D convolutional -> 3-D sequence at 2"
+
+
 # --- branches, sharing, ties, remainder
 
 
@@ -489,7 +506,7 @@ def test_unusable_modules_and_inputs_are_refused_in_one_sentence(capfd: pytest.C
     with pytest.raises(ModelError, match=r"cannot be called on the example inputs: RuntimeError in module '1'"):
         segment(nn.Sequential(nn.ReLU(), nn.Linear(3, 3)), (torch.randn(2, 4),))
     with pytest.raises(ModelError, match="no operation that combines its parameters with the inputs"):
-        segment(nn.ParameterList([torch.randn(3)]).append(torch.randn(2)) and Constant(), ())
+        segment(Constant())
     with pytest.raises(ModelError, match="'weight' of LazyLinear has no shape yet"):
         segment(nn.LazyLinear(3), (torch.randn(2, 3),))
     with pytest.raises(ModelError, match="compiled by TorchScript"):
@@ -516,13 +533,13 @@ class Stack(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8, affine=False))
         self.layers = nn.ModuleList(TokenMixer(8) for _ in range(3))
-        self.layers[0].extra = nn.Linear(8, 8)
+        self.layers[0].first = nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.stem(images).flatten(2).mT
-        tokens = self.layers[0].extra(tokens)
+        tokens = self.layers[0].first(tokens)
         for layer in self.layers:
             tokens = layer(tokens)
         return self.head(self.norm(tokens).mean(1))
@@ -539,7 +556,7 @@ def test_layers_are_found_by_structure() -> None:
         "1-sequence/norm",
         "2-vector/head",
     ]
-    assert found.blocks[2].transition == "4-D convolutional -> 3-D sequence at layers.0.extra"
+    assert found.blocks[2].transition == "4-D convolutional -> 3-D sequence at layers.0.first"
     assert found.blocks[3].transition == "inside 1-sequence at layers.1"
 
 
@@ -613,7 +630,7 @@ class Pipeline(nn.Module):
 
     def forward(self, data: Tensor) -> Tensor:
         for number, step in enumerate(self.steps):
-            part = self.parts[str(number)] if str(number) in self.parts else None
+            part = dict(self.parts).get(str(number))
             if step == "flatten":
                 data = data.flatten(2).transpose(1, 2)
             elif step == "pool":
@@ -657,6 +674,6 @@ def test_properties_of_random_pipelines(
     weighty = [(number, layout) for number, (_, layout) in enumerate(steps) if layout]
     for number, layout in weighty:
         assert coarse.blocks[where[str(number)]].kind == layout
-    for (one, before), (other, after) in zip(weighty, weighty[1:], strict=False):
+    for (one, before), (other, after) in itertools.pairwise(weighty):
         assert (where[str(one)] == where[str(other)]) == (before == after)
     assert list(where.values()) == sorted(where.values())

@@ -47,7 +47,12 @@ class Heads:
                 self._modules[reference] = headless
                 continue
             module = build(reference).to(device).eval().requires_grad_(False)
-            load_state(module, {**shared, **own}, where=f"the model under the head of {reference!r}")
+            # Without the copies the live tensors would be the caller's own: load_state takes what it is given.
+            load_state(
+                module,
+                {**{name: tensor.clone() for name, tensor in shared.items()}, **own},
+                where=f"the model under the head of {reference!r}",
+            )
             if not self.live:
                 state = module.state_dict(keep_vars=True)
                 names = state_names(module)

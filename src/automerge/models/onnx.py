@@ -3,11 +3,12 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def export_onnx(
             f"the model cannot be exported to ONNX: {reason}", "use the checkpoint, or set onnx: false"
         ) from error
     graph = program.model
-    _strip(graph)
+    _canonicalise(graph, list(module.state_dict()))
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
     data = path.with_name(path.name + ".data")
@@ -178,27 +179,49 @@ class _Logits(nn.Module):
         return self.architecture.call(self.module, inputs)
 
 
-def _strip(graph: Any) -> None:
-    """Remove what only describes this machine and this run, and the wrapper's prefix of the weights' names."""
-    graph.metadata_props.clear()
-    graph.graph.metadata_props.clear()
-    graph.doc_string = None
-    graph.graph.doc_string = None
-    scopes = [graph.graph, *graph.functions.values()]
+def _canonicalise(model: Any, state: Sequence[str]) -> None:
+    """Remove what only describes this machine and this run, and number what the exporter names by its own count.
+
+    The weights get the names of the module's state, without the wrapper's prefix.
+    """
+    scopes = [model.graph, *model.functions.values()]
+    taken = {*state, *(value.name for scope in scopes for value in (*scope.inputs, *scope.outputs))}
+    values = (name for index in itertools.count() if (name := f"value_{index}") not in taken)
+    constants = (name for index in itertools.count() if (name := f"constant_{index}") not in taken)
+    named = {id(value) for scope in scopes for value in (*scope.inputs, *scope.outputs)}
+
+    initializers = model.graph.initializers
+    weights = {f"module.{name}": name for name in state}
+    held = list(initializers.values())
+    initializers.clear()
+    used: dict[int, Any] = {}
+    model.doc_string = None
+    model.metadata_props.clear()
     for scope in scopes:
+        scope.doc_string = None
+        scope.metadata_props.clear()
         for value in scope.inputs:
             value.metadata_props.clear()
-        for node in scope.all_nodes():
-            node.metadata_props.clear()
+        for index, node in enumerate(scope.all_nodes()):
+            node.name = f"{node.op_type}_{index}"
             node.doc_string = None
+            node.metadata_props.clear()
+            used |= {id(value): value for value in node.inputs if value is not None and id(value) not in used}
             for value in node.outputs:
                 value.metadata_props.clear()
-    for value in list(graph.graph.initializers.values()):
+                if id(value) not in named and value.name:
+                    value.name = next(values)
+    order = {key: index for index, key in enumerate(used)}
+    for value in sorted(
+        held, key=lambda value: (value.name not in weights, order.get(id(value), len(order)), value.name)
+    ):
         value.metadata_props.clear()
+        if id(value) not in named:
+            value.name = weights[value.name] if value.name in weights else next(constants)
         if value.const_value is not None:
             value.const_value.metadata_props.clear()
-        if value.name.startswith("module."):
-            value.name = value.name.removeprefix("module.")
+            value.const_value.name = value.name
+        initializers.add(value)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,13 @@ from automerge.preservation import Evaluation, Interval
 from automerge.segmenting.segmentation import Segmentation
 
 
+WIDE = 160
+"""Columns of a table that is not printed on a terminal."""
+
+NARROW = 80
+"""Columns from which the metrics are shown beside the preservation rates, and some more for each."""
+
+
 def print_segmentation(segmentation: Segmentation) -> None:
     """Print the blocks: kind, the transition that began each, shapes, parameter count and share."""
     table = Table(title=f"{len(segmentation.blocks)} blocks by {segmentation.granularity}", title_justify="left")
@@ -21,28 +28,29 @@ def print_segmentation(segmentation: Segmentation) -> None:
         table.add_row(
             block.name, block.kind, block.transition, *shapes, f"{block.parameter_count:,}", f"{block.share:.1%}"
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_evaluation(evaluation: Evaluation, report: Path) -> None:
     """Print every model on every task, the warnings, the gate's verdict and where the report is."""
-    console = Console()
+    console = _console()
     confidence = f"{evaluation.confidence:.0%}"
     table = Table(
         title=f"Preservation on test data: PR in % [{confidence} interval], PD in points", title_justify="left"
     )
     table.add_column("model", no_wrap=True)
+    with_metrics = console.width >= NARROW + 12 * sum(len(task.metrics) for task in evaluation.tasks)
     for task in evaluation.tasks:
-        for metric in task.metrics:
-            table.add_column(f"{task.name}\n{metric.name}", justify="right")
+        for metric in task.metrics if with_metrics else []:
+            table.add_column(f"{task.name}\n{metric.name}", justify="right", no_wrap=True)
         table.add_column(f"{task.name}\nPR", justify="right", no_wrap=True)
     for heading in ("mean\nPR", "worst\nPR", "PD"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row, following in zip(evaluation.models, [*evaluation.models[1:], None], strict=True):
         cells = []
         for task in evaluation.tasks:
             result = row.tasks[task.name]
-            cells += [f"{result.metrics[metric.name].value:.4g}" for metric in task.metrics]
+            cells += [f"{result.metrics[metric.name].value:.4g}" for metric in task.metrics if with_metrics]
             cells.append(_rate(result.pr))
         cells += ["-" if value is None else f"{value:.1f}" for value in (row.mean_pr, row.worst_pr, row.pd)]
         ends = following is not None and (
@@ -51,9 +59,16 @@ def print_evaluation(evaluation: Evaluation, report: Path) -> None:
         table.add_row(row.name, *cells, style="bold" if row.role == "merged" else None, end_section=ends)
     console.print(table)
     for warning in evaluation.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    console.print(f"gate:   {evaluation.gate.verdict} ({'; '.join(evaluation.gate.reasons)})", highlight=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    reasons = "; ".join(evaluation.gate.reasons)
+    console.print(f"gate:   {evaluation.gate.verdict} ({reasons})", highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """The terminal; a pipe or file, which has no width, gets lines long enough for a whole table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
 
 
 def _rate(pr: Interval | None) -> str:

@@ -224,7 +224,7 @@ def _svg(figure: "Figure", name: str) -> str:
     text = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", text, count=2)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)  # the page's
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -325,8 +325,9 @@ def number(value: float | None) -> str:
 
 
 def metric(value: float) -> str:
-    """Three decimals, so that a column lines up; four significant digits from 10 on."""
-    return _signed(value, ".3f" if abs(value) < 10 else ".4g")
+    """A fixed number of decimals for each magnitude, so that a column lines up."""
+    size = abs(value)
+    return _signed(value, ".3f" if size < 10 else ".2f" if size < 1000 else ",.0f" if size < 1e7 else ".3g")
 
 
 def interval(value: Interval) -> str:

@@ -91,6 +91,7 @@ class Optimiser:
             ),
             acquisition_maximizer=VectorisedMaximiser(space, seed),
             config_selector=_Selector(scenario, retrain_after=1),
+            logging_level=False,
             overwrite=True,
         )
 

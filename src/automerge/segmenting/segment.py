@@ -111,19 +111,18 @@ def _transition(
     """``4-D convolutional -> 3-D sequence at encoder.0``, or ``input``."""
     first = operations[0]
     own = block_of[first.index]
-    sources: dict[str, None] = {}
-    entry: Operation | None = None
-    for operation in operations:
-        outside = [index for index in sorted(operation.producers) if block_of[index] != own]
-        if outside and entry is None:
-            entry = operation
-        for index in outside:
-            rank = len(traced.operations[index].shape_out)
-            # Data that come back from a later block are no beginning; a gate is no form that data arrive in.
-            if block_of[index] < own and not traced.operations[index].enclosed:
-                sources.setdefault(f"{rank}-D {blocks[block_of[index]][0]}")
-    if entry is None or not sources:
+    # Data that come back from a later block are no beginning.
+    entries = [
+        (operation, index) for operation in operations for index in sorted(operation.producers) if block_of[index] < own
+    ]
+    # A gate is no form that data arrive in, where there is another.
+    entries = [entry for entry in entries if not traced.operations[entry[1]].enclosed] or entries
+    if not entries:
         return "input"
+    sources = dict.fromkeys(
+        f"{len(traced.operations[index].shape_out)}-D {blocks[block_of[index]][0]}" for _, index in entries
+    )
+    entry = entries[0][0]
     return f"{' + '.join(sources)} -> {entry.rank}-D {layout} at {_place(traced, entry)}"
 
 
@@ -145,7 +144,7 @@ def _layers(traced: Trace, piece: _Piece) -> list[_Piece]:
     if piece.kind == "remainder":
         return [piece]
     groups: dict[str, list[str]] = {}
-    _descend(traced, "", piece.tensors, traced.called() - traced.containers(), groups)
+    _descend(traced, "", piece.tensors, traced.working(), groups)
     return _divide(traced, piece, groups)
 
 

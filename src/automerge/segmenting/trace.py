@@ -117,10 +117,9 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
-    def containers(self) -> set[str]:
-        """Paths of called modules whose forward does nothing itself but call other modules."""
-        working = {call.path for call in self.calls if call.steps}
-        return {call.path for call in self.calls} - working
+    def working(self) -> set[str]:
+        """Paths of the modules whose own forward does something to data, and does not only call other modules."""
+        return {call.path for call in self.calls if call.steps}
 
     def forward_of(self, call: int | None) -> int | None:
         """The call whose forward does what ``call`` does: a leaf or a mere container counts as the call around it."""
@@ -129,10 +128,6 @@ class Trace:
         while call is not None and self.calls[call].steps == 0:
             call = self.calls[call].parent
         return call
-
-    def called(self) -> set[str]:
-        """Paths of the modules that were called."""
-        return {call.path for call in self.calls}
 
 
 def trace(module: nn.Module, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Trace:
@@ -447,7 +442,11 @@ class _Recorder:
         if (name == "setitem" or getattr(func, "__name__", "").endswith("_")) and isinstance(args[0], Tensor):
             base = args[0]._base
             if base is not None:
+                # What is written into a view is written into the tensor that it looks at, and has that one's form.
                 results.append(base)
+                written = self.origins.get(base)
+                if written is not None and written.is_data:
+                    data.append((base, written))
         if not results or not (data or waiting):
             return
         if not data:

@@ -64,7 +64,7 @@ class Merged(Document):
     FORMAT: ClassVar[str] = "automerge/merged"
 
     recipe: str = Field(description="Digest of the recipe.")
-    digest: str = Field(description="Digest of the merged weights.")
+    weights: str = Field(description="Digest of the merged weights.")
     parameter_count: int
     files: list[FileRecord]
 

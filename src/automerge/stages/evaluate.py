@@ -189,7 +189,7 @@ def _check_origin(recipe: Recipe, merged: Merged, model: Path) -> None:
             f"{model}: was merged by another recipe than the one of this search", "run `automerge merge` again"
         )
     with open_checkpoint(model) as checkpoint:
-        if checkpoint.digest() != merged.digest:
+        if checkpoint.digest() != merged.weights:
             raise SpecError(
                 f"{model}: the merged weights were changed since they were written", "run `automerge merge` again"
             )

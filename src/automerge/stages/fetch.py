@@ -16,9 +16,11 @@ from automerge.checkpoint.layout import peek_tensors
 from automerge.checkpoint.open import open_checkpoint
 from automerge.documents import digest_of
 from automerge.errors import CheckpointError
+from automerge.merging.apply import refuse_non_finite
 from automerge.spec import Spec
 from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
 from automerge.storage import ObjectInfo, list_objects, read_range
+from automerge.tasks.task import load_task
 from automerge.telemetry.metrics import observe_stage
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         StorageError: an object is missing, not readable, or damaged on the way.
         CheckpointError: a checkpoint is damaged or unsafe, the checkpoints do not fit each other, or a digest in the
             spec does not fit.
+        MergeError: a checkpoint has NaN or infinite values.
+        PluginError, TaskError: a task's kind is unknown, or its data are unusable.
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         wanted = _wanted(spec)
@@ -94,12 +98,23 @@ def _check_headers(spec: Spec, listings: Mapping[str, Sequence[ObjectInfo]]) -> 
 
 
 def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
+    """Everything that can be said of the inputs before a GPU is paid for: fit, finite values, usable data."""
     tensors: dict[str, Mapping[str, TensorInfo]] = {}
     for item in inputs:
-        if item.role in ("base", "source"):
-            with open_checkpoint(folder / item.path) as checkpoint:
-                tensors[item.name] = checkpoint.tensors
+        if item.role not in ("base", "source"):
+            continue
+        owner = "base" if item.role == "base" else f"source {item.name!r}"
+        with open_checkpoint(folder / item.path) as checkpoint:
+            tensors[item.name] = checkpoint.tensors
+            for name in checkpoint.tensors:
+                refuse_non_finite(owner, name, checkpoint.read(name))
     _check_tensors(spec, tensors)
+    paths = {item.name: folder / item.path for item in inputs}
+    for task in spec.tasks:
+        reference = paths[spec.reference_of(task)]
+        plugin = load_task(task, reference if reference.is_dir() else reference.parent)
+        for split in ("validation", "test"):
+            plugin.load(paths[f"{task.name}/{split}"])
 
 
 def _check_tensors(spec: Spec, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> None:

@@ -55,7 +55,7 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
         with open_checkpoint(folder) as merged:
             document_out = Merged(
                 recipe=document.digest(),
-                digest=merged.digest(),
+                weights=merged.digest(),
                 parameter_count=sum(info.numel for info in merged.tensors.values()),
                 files=[
                     FileRecord(

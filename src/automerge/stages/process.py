@@ -37,6 +37,9 @@ def stage_process() -> Iterator[None]:
         "json" if os.environ.get("AUTOMERGE_LOG_FORMAT") == "json" else "human",
         level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO",
     )
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)  # the workflow engine's own: every line would appear twice
     try:
         yield
     except AutoMergeError as error:

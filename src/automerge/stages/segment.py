@@ -35,9 +35,7 @@ def segment(spec: Spec, inputs: Path, folder: Path) -> Segmentation:
             module = opened.architecture.build(reference, opened.arguments(reference))
         inputs_of_one = opened.architecture.example(module) or _one_sample(opened)
         # A lone input called `inputs` is positional, as in Architecture.call.
-        args, kwargs = (
-            ((inputs_of_one["inputs"],), {}) if list(inputs_of_one) == ["inputs"] else ((), inputs_of_one)
-        )
+        args, kwargs = ((inputs_of_one["inputs"],), {}) if list(inputs_of_one) == ["inputs"] else ((), inputs_of_one)
         segmentation = segment_module(module, args, kwargs, granularity=spec.segmentation.granularity)
         segmentation.write(folder / SEGMENTATION)
         metrics.set("automerge_segment_blocks", len(segmentation.blocks))
