@@ -101,6 +101,7 @@ def merge_pipeline(
         search=found.outputs["search"],
         model=found.outputs["model"],
     )
+    # The verdict is a plain return value, "Output": the local runner finds no other name of a task in a condition.
     with dsl.If(evaluated.outputs["Output"] == "pass", name="gate-passed"):
         registered = register(
             spec=spec,

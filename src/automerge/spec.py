@@ -392,7 +392,7 @@ def _anchored(spec: Spec, folder: Path) -> Spec:
     """The spec with every relative path made absolute."""
 
     def uri(value: str) -> str:
-        return value if "://" in value or Path(value).is_absolute() else str(folder / value)
+        return value if "://" in value or Path(value).is_absolute() else os.path.normpath(folder / value)
 
     return spec.model_copy(
         update={

@@ -192,6 +192,20 @@ def test_code_of_a_checkpoint_runs_only_where_the_spec_says_so(tmp_path):
     assert [path.name for path in trusting.companion_files(folder)] == ["code.py", "config.json"]
 
 
+def test_code_of_another_repository_is_never_run(tmp_path):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "some/where--code.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"names code outside the checkpoint \(some/where--code.OwnConfig\)"):
+        _architecture(tmp_path, "AutoModel", trust_remote_code=True).build("a", {})
+
+
+def test_parameters_are_not_filled_with_random_numbers(tmp_path):
+    folder = _folder(tmp_path, transformers.LlamaConfig(**LLAMA))
+    state = torch.get_rng_state()
+    _architecture(folder, "AutoModelForCausalLM").build("a", {})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_companion_files(tmp_path):
     for name in (
         "config.json",

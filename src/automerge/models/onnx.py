@@ -226,16 +226,12 @@ def _canonicalise(model: Any, state: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress, warnings and log lines."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    nested = [
-        logger
-        for name, logger in sorted(logging.root.manager.loggerDict.items())
-        if isinstance(logger, logging.Logger) and name.startswith(("torch.", "onnxscript.", "onnx_ir."))
-    ]
-    levels = [(logger, logger.level, logger.disabled) for logger in (*loggers, *nested)]
-    for logger, _, _ in levels:
-        logger.disabled = True
+    """Without the exporter's progress, warnings and log lines.
+
+    Logging is off as a whole: the exporter makes its loggers while it is imported, too late to be silenced by name.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with (
             warnings.catch_warnings(),
@@ -245,9 +241,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level, disabled in levels:
-            logger.setLevel(level)
-            logger.disabled = disabled
+        logging.disable(before)
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -7,6 +7,7 @@ The network is never used: configurations and code come from the checkpoint's fo
 import contextlib
 import difflib
 import fnmatch
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ class TransformersArchitecture(Architecture):
                 f"{folder}: the checkpoint of {reference!r} has no config.json, which model.kind 'transformers' needs",
                 "add the config.json of the model's save_pretrained",
             )
+        _refuse_code_elsewhere(folder / "config.json")
         try:
             config, unused = AutoConfig.from_pretrained(
                 folder,
@@ -178,16 +180,19 @@ class TransformersArchitecture(Architecture):
                 f"model.arguments: {type(config).__name__} has no entry {name!r}",
                 nearest(name, sorted(config.to_dict())),
             )
-        elsewhere = sorted(
-            str(item) for item in (getattr(config, "auto_map", None) or {}).values() if "--" in str(item)
-        )
-        if elsewhere and self.spec.trust_remote_code:
-            raise ModelError(
-                f"{folder / 'config.json'}: auto_map names code outside the checkpoint ({elsewhere[0]})",
-                "copy that code beside the weights and name it in auto_map without a repository",
-            )
         _disable_cache(config)
         return config
+
+
+def _refuse_code_elsewhere(path: Path) -> None:
+    """Trust in a checkpoint's code is not trust in that of a repository which its configuration names."""
+    with contextlib.suppress(ValueError, AttributeError):  # What is not JSON is for transformers to refuse.
+        named = [str(item) for item in json.loads(path.read_bytes()).get("auto_map", {}).values() if "--" in str(item)]
+        if named:
+            raise ModelError(
+                f"{path}: auto_map names code outside the checkpoint ({named[0]})",
+                "copy that code beside the weights and name it in auto_map without a repository",
+            )
 
 
 class _NoRandomInitialisation(TorchFunctionMode):
@@ -196,14 +201,13 @@ class _NoRandomInitialisation(TorchFunctionMode):
     Filling 7e9 of them takes minutes. Buffers, which a checkpoint may not hold, are computed as usual.
     """
 
-    _RANDOM = frozenset(
-        {"uniform_", "normal_", "trunc_normal_", "erfinv_", "log_normal_", "exponential_", "bernoulli_"}
-    )
+    _RANDOM = frozenset({"uniform_", "normal_", "erfinv_", "log_normal_", "exponential_", "bernoulli_"})
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self._RANDOM and args and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        fills = getattr(func, "__module__", None) == "torch.nn.init" or getattr(func, "__name__", "") in self._RANDOM
+        return tensor if fills and isinstance(tensor, nn.Parameter) else func(*args, **kwargs)
 
 
 def _token_ids(config: Any, length: int, device: torch.device) -> Tensor:

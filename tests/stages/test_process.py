@@ -1,0 +1,51 @@
+"""How a process that runs stages unattended logs and ends; each in a process of its own, since it changes logging."""
+
+import subprocess
+import sys
+
+import pytest
+
+PRELUDE = """
+import logging
+from automerge.errors import SpecError
+from automerge.stages.process import stage_process
+logging.basicConfig(format="engine %(message)s", level="INFO")
+with stage_process():
+    logging.getLogger("automerge.test").info("working")
+"""
+
+
+def run(body: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", PRELUDE + body], capture_output=True, text=True, check=False)
+
+
+def test_a_users_error_is_one_sentence_and_its_exit_code() -> None:
+    ended = run("    raise SpecError('spec: the key is missing', 'add it')\n")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "error: spec: the key is missing; add it"
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    ended = run("    raise ZeroDivisionError('ours')\n")
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+
+
+def test_every_line_is_logged_once_although_the_engine_logs_too() -> None:
+    ended = run("    pass\n")
+    assert ended.returncode == 0
+    assert ended.stdout == ""
+    assert [line for line in ended.stderr.splitlines() if "working" in line] == ended.stderr.splitlines()
+    assert ended.stderr.count("working") == 1
+
+
+@pytest.mark.parametrize(("level", "lines"), [("WARNING", 0), ("nonsense", 1)])
+def test_the_environment_sets_the_level(monkeypatch: pytest.MonkeyPatch, level: str, lines: int) -> None:
+    monkeypatch.setenv("AUTOMERGE_LOG_LEVEL", level)
+    assert len(run("    pass\n").stderr.splitlines()) == lines
+
+
+def test_json_lines_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOMERGE_LOG_FORMAT", "json")
+    assert run("    pass\n").stderr.startswith('{"ts": ')
