@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from kfp import dsl
-from tests.e2e.tiny import prepare, tiny_spec
 
 from components.evaluate import evaluate
 from components.fetch import fetch
 from components.search_merge import search_merge
 from components.segment import segment
 from pipelines.arguments import spec_argument
+from tests.e2e.tiny import prepare, tiny_spec
 
 Artifacts = dict[str, Any]
 MakeArtifact = Callable[..., Any]

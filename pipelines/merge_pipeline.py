@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from kfp import compiler, dsl, kubernetes
+
 from components.evaluate import evaluate
 from components.fetch import fetch
 from components.register import register
 from components.search_merge import search_merge
 from components.segment import segment
-from kfp import compiler, dsl, kubernetes
 
 COMPILED = Path(__file__).with_name("merge_pipeline.yaml")
 

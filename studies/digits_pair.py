@@ -22,8 +22,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from digits.train import prepare
-
 from automerge.documents import write_atomically
 from automerge.merging.recipe import Recipe, RecipeBlock
 from automerge.merging.resident import ResidentMerger
@@ -42,6 +40,7 @@ from automerge.stages.search import search
 from automerge.stages.segment import segment
 from automerge.tasks.run import evaluate_task
 from automerge.tasks.task import Scores
+from digits.train import prepare
 
 TECHNIQUES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 ROOT = Path(__file__).resolve().parents[1]

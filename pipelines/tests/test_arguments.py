@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.e2e.tiny import tiny_spec
 
 from automerge.errors import SpecError
 from automerge.spec import Spec, parse_spec
 from pipelines.arguments import LONGEST_ARGUMENT, spec_argument
+from tests.e2e.tiny import tiny_spec
 
 
 def with_arguments(value: Any) -> Spec:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from kfp.local.config import LocalExecutionConfig
-from tests.e2e.tiny import tiny_spec
 
 from automerge.spec import Spec
 from pipelines.local import PipelineError, run_local
+from tests.e2e.tiny import tiny_spec
 
 
 @pytest.fixture

@@ -165,9 +165,9 @@ class SearchSpec(SpecModel):
         for key, (low, high) in (("weight_range", self.weight_range), ("density_range", self.density_range)):
             if not low < high:
                 raise ValueError(f"{key}: the lowest value must be below the highest, got {low} and {high}")
-        if not (0 < self.density_range[0] and self.density_range[1] <= 1):
+        if not (self.density_range[0] > 0 and self.density_range[1] <= 1):
             raise ValueError(f"density_range: a density lies above 0 and at most at 1, got {self.density_range}")
-        if self.weights == "simplex" and not (0 <= self.weight_range[0] and self.weight_range[1] <= 1):
+        if self.weights == "simplex" and not (self.weight_range[0] >= 0 and self.weight_range[1] <= 1):
             raise ValueError(f"weight_range: simplex weights lie between 0 and 1, got {self.weight_range}")
         if len(set(self.techniques)) != len(self.techniques):
             raise ValueError("techniques: a technique is named twice")
@@ -268,13 +268,15 @@ class Spec(SpecModel):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{kind}: the name {twice[0]!r} is used twice; give each its own")
-        if "base" in names:
-            raise ValueError("sources: 'base' is the ancestor's name; call the source something else")
+        for reserved in ("base", "merged"):
+            if reserved in names:
+                raise ValueError(
+                    f"sources: {reserved!r} means another model in every table; call the source something else"
+                )
         for index, task in enumerate(self.tasks):
             if task.specialist is not None and task.specialist not in names:
-                raise ValueError(
-                    f"tasks.{index}.specialist: no source is called {task.specialist!r}; {nearest(task.specialist, names)}"
-                )
+                remedy = nearest(task.specialist, names)
+                raise ValueError(f"tasks.{index}.specialist: no source is called {task.specialist!r}; {remedy}")
             if task.guard and self.base is None:
                 raise ValueError(f"tasks.{index}.guard: a guard task's reference is the base, and the spec names none")
         return self

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tests.e2e.tiny import TASKS, prepare, tiny_spec
 
 from automerge.checkpoint.open import open_checkpoint
 from automerge.merging.recipe import Recipe
@@ -13,6 +12,7 @@ from automerge.segmenting.segmentation import Segmentation
 from automerge.stages.documents import Manifest, Merged, Registration
 from automerge.testing.s3_server import S3Server
 from pipelines.local import run_local
+from tests.e2e.tiny import TASKS, prepare, tiny_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

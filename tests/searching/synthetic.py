@@ -40,4 +40,3 @@ def landscape(blocks: Sequence[RecipeBlock]) -> Mapping[str, float]:
         low += (weight - target) ** 2 + penalty
         high += 0.5 * (weight - target) ** 2 + penalty
     return {"low": low, "high": high}
-

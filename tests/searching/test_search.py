@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
 from automerge.errors import MergeError, SearchError
 from automerge.merging.recipe import RecipeBlock
 from automerge.searching.search import SearchProgress, SearchResult, search

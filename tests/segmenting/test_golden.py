@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.segmenting import architectures
 from torch import nn
 
 from automerge.segmenting.segment import segment
 from automerge.segmenting.segmentation import Segmentation
+from tests.segmenting import architectures
 
 GOLDEN: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "golden.yaml").read_text())
 

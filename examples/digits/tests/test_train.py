@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from digits import train as digits_train
-from digits.cct import build
-from digits.train import HALVES, STAMP, Prepared, Stamp, main, prepare, split
 from safetensors.torch import load_file
 
 from automerge.errors import SpecError, TaskError
+from digits import train as digits_train
+from digits.cct import build
+from digits.train import HALVES, STAMP, Prepared, Stamp, main, prepare, split
 
 QUICK: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "base_epochs": 3, "specialist_epochs": 2}
 

@@ -62,6 +62,12 @@ _imported: dict[str, Path] = {}
 """Top-level modules that came from a spec's python_path, and the folder: a later spec may have another of that name."""
 
 
+def _comes_from(module: ModuleType, folder: Path) -> bool:
+    """Whether a loaded module is the one that an import from ``folder`` would find."""
+    places = [module.__file__] if module.__file__ else list(getattr(module, "__path__", []))
+    return any(Path(place).resolve().is_relative_to(folder.resolve()) for place in places)
+
+
 def _import(name: str, python_path: list[str]) -> ModuleType:
     """Import a module with ``python_path`` ahead of ``sys.path``; the path stays, for imports at run time."""
     top = name.partition(".")[0]
@@ -72,7 +78,7 @@ def _import(name: str, python_path: list[str]) -> ModuleType:
                 f"model.python_path: {folder} is not a folder", "name the folder that holds the factory's module"
             )
     home = next((folder for folder in folders if (folder / top).is_dir() or (folder / f"{top}.py").is_file()), None)
-    if home is not None and top in sys.modules and _imported.get(top) != home:
+    if home is not None and top in sys.modules and not _comes_from(sys.modules[top], home):
         if top not in _imported:
             raise ModelError(
                 f"model.target: the module {top!r} in {home} is hidden by an installed module of the same name",

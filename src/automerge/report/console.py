@@ -8,7 +8,6 @@ from rich.table import Table
 from automerge.preservation import Evaluation, Interval
 from automerge.segmenting.segmentation import Segmentation
 
-
 WIDE = 160
 """Columns of a table that is not printed on a terminal."""
 

@@ -70,12 +70,16 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
             if isinstance(hyperparameter, CategoricalHyperparameter):
                 self._choices[index] = len(hyperparameter.choices)
             elif not isinstance(hyperparameter, UniformFloatHyperparameter | UniformIntegerHyperparameter):
-                raise SearchError(f"the space's {hyperparameter.name!r} is of no kind that can be searched", "report it")
+                raise SearchError(
+                    f"the space's {hyperparameter.name!r} is of no kind that can be searched", "report it"
+                )
         self._conditionals = [self._conditional(condition) for condition in configspace.conditions]
 
     def _conditional(self, condition: Condition) -> _Conditional:
         parent = condition.parent
-        if not isinstance(condition, EqualsCondition | InCondition) or not isinstance(parent, CategoricalHyperparameter):
+        if not isinstance(condition, EqualsCondition | InCondition) or not isinstance(
+            parent, CategoricalHyperparameter
+        ):
             raise SearchError(f"the space's condition {condition} is of no kind that can be searched", "report it")
         values = [condition.value] if isinstance(condition, EqualsCondition) else list(condition.values)
         choices = np.array([choice in values for choice in parent.choices])
@@ -138,7 +142,7 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
         return self._deactivated(np.concatenate(found))
 
     def _random_values(self, count: int) -> Array:
-        values = self._rng.random_sample((count, len(self._choices)))
+        values: Array = self._rng.random_sample((count, len(self._choices)))
         categorical = self._choices > 0
         values[:, categorical] = np.floor(values[:, categorical] * self._choices[categorical])
         return values

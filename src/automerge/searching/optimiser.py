@@ -150,7 +150,7 @@ class _WarmDesign(AbstractInitialDesign):  # type: ignore[misc]
 class _Selector(ConfigSelector):  # type: ignore[misc]
     """SMAC's selector of configurations, with the best predicted cost found by one call of the forest."""
 
-    def _get_x_best(self, X: Any) -> tuple[Any, float]:
+    def _get_x_best(self, X: Any) -> tuple[Any, float]:  # noqa: N803 - SMAC's name
         costs = self._model.predict_marginalized(X)[0].reshape(-1)
         best = int(np.argmin(costs))
         return X[best], float(costs[best])

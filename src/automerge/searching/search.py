@@ -28,7 +28,7 @@ Evaluate = Callable[[Sequence[RecipeBlock]], Mapping[str, float]]
 """Merges by the given blocks and returns the mean validation loss by task; raises AutoMergeError if it cannot."""
 
 FAILURE_FACTOR = 2.0
-"""A failed trial is told as this many times the worst cost so far: bad enough to be avoided, finite for the surrogate."""
+"""A failed trial is told as so many times the worst cost so far: bad enough to be avoided, finite for the surrogate."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class SearchSpace:
         return [self._recipe_block(block, config) for block in self.blocks]
 
     def warm_starts(self) -> list[tuple[str, dict[str, Any]]]:
-        """Points worth trying first: the uniform average, and each source unmerged; those outside the range are left out."""
+        """Points worth trying first: the uniform average and each unmerged source, as far as the ranges allow them."""
         count = len(self.sources)
         wanted = [("average", [1.0 / count] * count)]
         wanted += [

@@ -157,7 +157,7 @@ def _models(loaded: Loaded, segmentation: Segmentation, merged: Heads) -> Iterat
         except MergeError as error:
             log.warning("the baseline %r is left out: %s", name, error)
             continue
-        yield name, "technique", heads
+        yield name if name not in sources else f"{name} (technique)", "technique", heads
 
 
 def _baseline_hyperparameters(declaration: Declaration) -> dict[str, bool | int | float | str]:

@@ -9,8 +9,8 @@ from automerge.checkpoint.open import open_checkpoint
 from automerge.merging.recipe import Recipe
 from automerge.merging.streamed import merge_checkpoints
 from automerge.spec import Spec
-from automerge.stages.inputs import Inputs
 from automerge.stages.documents import MERGED, FileRecord, Merged
+from automerge.stages.inputs import Inputs
 from automerge.telemetry.metrics import observe_stage
 
 

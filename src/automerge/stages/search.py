@@ -15,9 +15,9 @@ from automerge.searching.search import search as run_search
 from automerge.searching.space import SearchSpace, usable_techniques
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
+from automerge.stages.documents import RECIPE, SEGMENTATION, TRIALS
 from automerge.stages.inputs import Inputs
 from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute
-from automerge.stages.documents import RECIPE, SEGMENTATION, TRIALS
 from automerge.telemetry.metrics import StageMetrics, observe_stage
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def search(
         merger = ResidentMerger(loaded.base, loaded.sources, device)
         merger.apply(average, heads.live)
         tasks = loaded.measured("validation")
-        reference_losses = {}
+        reference_losses: dict[str, float] = {}
         for reference in opened.references:
             own = {name: task for name, task in tasks.items() if task.reference == reference}
             specialist = loaded.heads(loaded.shared(reference), [reference])

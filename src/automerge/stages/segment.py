@@ -9,8 +9,8 @@ from torch import Tensor
 from automerge.segmenting.segment import segment as segment_module
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
-from automerge.stages.inputs import Inputs
 from automerge.stages.documents import SEGMENTATION
+from automerge.stages.inputs import Inputs
 from automerge.telemetry.metrics import observe_stage
 
 log = logging.getLogger(__name__)
