@@ -1,13 +1,15 @@
 """Local runs: how they fail, and that they leave nothing behind. The whole flow runs in tests/e2e."""
 
 import io
-import os
+import json
 from pathlib import Path
 
 import pytest
 from kfp.local.config import LocalExecutionConfig
 
+from automerge.errors import SpecError
 from automerge.spec import Spec
+from pipelines.arguments import LONGEST_ARGUMENT, RESERVED, spec_argument
 from pipelines.local import PipelineError, run_local
 from tests.e2e.tiny import tiny_spec
 
@@ -21,7 +23,7 @@ def spec(tmp_path: Path) -> Spec:
 def test_a_failed_task_is_named_with_its_own_sentence(
     spec: Spec, tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    echo = io.StringIO()
+    echo, before = io.StringIO(), LocalExecutionConfig.instance
     with pytest.raises(PipelineError) as raised:
         run_local(spec, tmp_path / "root", echo=echo)
     sentence = str(raised.value)
@@ -30,25 +32,25 @@ def test_a_failed_task_is_named_with_its_own_sentence(
     assert sentence.endswith(f"read {tmp_path / 'root' / 'pipeline.log'}")
     assert "\x1b" not in sentence
     assert echo.getvalue() == "fetch\n"
+    assert LocalExecutionConfig.instance is before, "calling a pipeline would still run it"
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
     assert not [warning for warning in recwarn if "kfp" in str(warning.filename)]
 
 
-def test_the_log_keeps_everything_of_every_run(spec: Spec, tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(PipelineError):
-            run_local(spec, tmp_path / "root")
-    log = (tmp_path / "root" / "pipeline.log").read_text()
-    assert log.count("Running pipeline: 'automerge-merge'") == 2
-    assert log.count("error: ") == 2
-
-
-def test_calling_a_pipeline_does_not_run_it_afterwards(spec: Spec, tmp_path: Path) -> None:
-    before = LocalExecutionConfig.instance
-    with pytest.raises(PipelineError):
-        run_local(spec, tmp_path / "root")
-    assert LocalExecutionConfig.instance is before
+def test_the_log_is_appended_to_and_the_largest_spec_arrives(spec: Spec, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "pipeline.log").write_text("an earlier run\n")
+    filler = "x" * (LONGEST_ARGUMENT - RESERVED - len(json.dumps(spec_argument(spec))) - 20)
+    large = spec.model_copy(update={"model": spec.model.model_copy(update={"arguments": {"a": filler}})})
+    with pytest.raises(SpecError, match="as a pipeline argument"):
+        spec_argument(large.model_copy(update={"private": ["y" * 20]}))
+    with pytest.raises(PipelineError, match=r"task 'fetch' failed: .*nowhere"):
+        run_local(large, root)
+    log = (root / "pipeline.log").read_text()
+    assert log.startswith("an earlier run\n")
+    assert "Running pipeline: 'automerge-merge'" in log
 
 
 @pytest.mark.parametrize("name", ["python3-runs", "{{runs}}"])
@@ -62,4 +64,4 @@ def test_a_folder_that_cannot_be_made_is_refused(spec: Spec, tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(PipelineError, match="cannot be written"):
         run_local(spec, tmp_path / "file" / "root")
-    assert os.listdir(tmp_path) == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -28,8 +28,9 @@ def uploaded(s3_env: S3Server, tmp_path: Path) -> str:
 
 
 def test_from_s3_to_a_registered_version_once(uploaded: str, tmp_path: Path) -> None:
-    registry = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    spec = tiny_spec(uploaded, registry, gate={"min_worst_pr": 80.0, "max_pd": 20.0})
+    (tmp_path / "python3").mkdir()  # the engine would put an interpreter's path there, and a value for the braces
+    registry = f"sqlite:///{tmp_path / 'python3' / 'mlflow.db'}"
+    spec = tiny_spec(uploaded, registry, gate={"min_worst_pr": 80.0, "max_pd": 20.0}, private=["{{$.none}}.*"])
     first = run_local(spec, tmp_path / "runs")
 
     manifest = Manifest.read(first.inputs / "manifest.json")

@@ -31,7 +31,8 @@ class TinyNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [n, 4]."""
-        return self.head(torch.relu(self.conv(images)).flatten(1))
+        logits: Tensor = self.head(torch.relu(self.conv(images)).flatten(1))
+        return logits
 
 
 def build() -> TinyNet:
@@ -106,6 +107,6 @@ def _trained(model: TinyNet, inputs: Tensor, labels: Tensor, steps: int) -> Tiny
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
+        torch.autograd.backward(F.cross_entropy(model(inputs), labels))
         optimizer.step()
     return model
