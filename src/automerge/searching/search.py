@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from automerge.documents import digest_of
 from automerge.errors import AutoMergeError, MissingExtraError, SearchError
 from automerge.merging.recipe import RecipeBlock, block_key
@@ -66,6 +68,7 @@ def search(
     *,
     store_path: Path,
     identity: str,
+    hardware: str = "",
     resume: bool = False,
     progress: Callable[[SearchProgress], None] | None = None,
 ) -> SearchResult:
@@ -76,7 +79,8 @@ def search(
         evaluate: merges and measures one recipe.
         reference_losses: the specialist's mean validation loss by task.
         store_path: the log, ``trials.jsonl``.
-        identity: digest of the inputs that shape the search besides ``space``: checkpoints, data, threads.
+        identity: digest of the inputs that shape the search besides ``space``: checkpoints and data.
+        hardware: device and threads, for the log; a resumed search may run on others, and says so.
         resume: go on from the log at ``store_path``.
         progress: called after each trial, the replayed ones of a resumed search included.
 
@@ -102,8 +106,20 @@ def search(
             "techniques": list(space.techniques),
         }
     )
-    header = Header(identity=whole_identity, reference_losses=dict(reference_losses), epsilon=spec.effective_epsilon)
+    header = Header(
+        identity=whole_identity,
+        hardware=hardware,
+        reference_losses=dict(reference_losses),
+        epsilon=spec.effective_epsilon,
+    )
     store = TrialStore.resume(store_path, whole_identity) if resume else TrialStore.create(store_path, header)
+    if store.header.hardware != hardware:
+        log.warning(
+            "the search was begun on %s and goes on on %s: its trials may differ in the last digits from those of a "
+            "search that stayed there",
+            store.header.hardware,
+            hardware,
+        )
     loop = _Loop(space, evaluate, store, progress)
     try:
         loop.recall()
@@ -234,7 +250,7 @@ class _Loop:
                 task: capability_preservation(loss, losses[task], self.store.header.epsilon, task)
                 for task, loss in self.store.header.reference_losses.items()
             }
-        except (AutoMergeError, MemoryError) as error:
+        except (AutoMergeError, MemoryError, torch.OutOfMemoryError) as error:
             worst = max((trial.cost for trial in self.trials if trial.status != "failed"), default=10.0)
             return Trial(
                 number=ask.number,
@@ -244,7 +260,7 @@ class _Loop:
                 cost=FAILURE_FACTOR * worst,
                 seconds=time.perf_counter() - start,
                 optimiser_seconds=optimiser_seconds,
-                error=str(error) or "out of memory",
+                error=str(error) if isinstance(error, AutoMergeError) else "out of memory",
             )
         objective = harmonic_mean(cp)
         return Trial(

@@ -25,7 +25,8 @@ class Header(Model):
     event: Literal["header"] = "header"
     format: Literal["automerge/trials"] = "automerge/trials"
     version: Literal[1] = 1
-    identity: str = Field(description="Digest of all that shapes the search: spec, segmentation, inputs, threads.")
+    identity: str = Field(description="Digest of all that shapes the search: spec, segmentation, inputs.")
+    hardware: str = Field(description="Device and threads; elsewhere the last digits of a loss may differ.")
     reference_losses: dict[str, float] = Field(description="The specialist's mean validation loss by task.")
     epsilon: float
 
@@ -85,7 +86,7 @@ class TrialStore:
         header, events, length = read_log(path)
         if header.identity != identity:
             raise SearchError(
-                f"{path}: belongs to another search (the spec, an input, the segmentation or the threads have changed)",
+                f"{path}: belongs to another search (the spec, an input or the segmentation has changed)",
                 "start in another folder",
             )
         return cls(path, header, events, length)

@@ -80,7 +80,8 @@ def search(
             evaluator,
             {task.name: reference_losses[task.name] for task in spec.tasks},
             store_path=store,
-            identity=_identity(spec, opened, device),
+            identity=_identity(spec, opened),
+            hardware=f"{device.type} with {torch.get_num_threads()} threads",
             resume=resume and store.exists(),
             progress=_observed(progress, metrics),
         )
@@ -90,7 +91,7 @@ def search(
     return result
 
 
-def _identity(spec: Spec, opened: Inputs, device: torch.device) -> str:
+def _identity(spec: Spec, opened: Inputs) -> str:
     """Digest of what shapes the losses: what is merged, how the model runs, and on which data."""
     digests = opened.manifest.digests()
     return digest_of(
@@ -101,8 +102,6 @@ def _identity(spec: Spec, opened: Inputs, device: torch.device) -> str:
             "tasks": [task.model_dump(mode="json", exclude={"validation", "test", "metrics"}) for task in spec.tasks],
             "private": spec.private,
             "merge": spec.merge.model_dump(mode="json", exclude={"max_shard_bytes"}),
-            "device": device.type,
-            "threads": torch.get_num_threads(),
         }
     )
 

@@ -1,0 +1,1 @@
+"""Searching: the space of recipes, the objective, the optimiser, the trial log, and the loop around them."""

@@ -1,0 +1,308 @@
+"""The space: what is in it, how weights are spread over the sources, and that every point is a mergeable recipe."""
+
+import numpy as np
+import pytest
+from ConfigSpace import Configuration
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automerge.checkpoint.info import TensorInfo
+from automerge.errors import PluginError, SearchError
+from automerge.merging.plan import plan_merge
+from automerge.merging.recipe import InputDigest, Recipe, RecipeBlock, block_key
+from automerge.merging.technique import Declaration, Hyperparameter
+from automerge.searching.space import SearchSpace, _fractions, _simplex, usable_techniques
+from automerge.spec import SearchSpec
+from tests.searching.synthetic import TECHNIQUES, make_block, make_space
+
+WITHOUT_DENSITY = {"linear", "task_arithmetic"}
+
+
+def sampled(space: SearchSpace, count: int, seed: int = 0) -> list[dict[str, object]]:
+    return [dict(config) for config in space.configuration_space(seed).sample_configuration(count)]
+
+
+def plan(space: SearchSpace, blocks: list[RecipeBlock]) -> None:
+    """The merging package's own check of a recipe against its inputs; raises MergeError."""
+    names = {name: TensorInfo("float32", (2, 2)) for block in space.blocks for name in block.parameters}
+    names |= {name: TensorInfo("float32", (2,)) for block in space.blocks for name in block.buffers}
+    recipe = Recipe(
+        base=InputDigest(name="base", digest="b"),
+        sources=[InputDigest(name=source, digest=source) for source in space.sources],
+        blocks=blocks,
+    )
+    plan_merge(recipe, names, dict.fromkeys(space.sources, names))
+
+
+# Weights on the simplex
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7))
+def test_stick_breaking_stays_on_the_simplex(fractions: list[float]) -> None:
+    weights = _simplex(fractions)
+    assert len(weights) == len(fractions) + 1
+    assert all(0 <= weight <= 1 for weight in weights)
+    assert sum(weights) == pytest.approx(1, abs=1e-12)
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=2, max_size=7))
+def test_stick_breaking_is_inverted(parts: list[float]) -> None:
+    weights = [part / sum(parts) for part in parts]
+    fractions = _fractions(weights)
+    assert all(0 <= fraction <= 1 for fraction in fractions)
+    assert _simplex(fractions) == pytest.approx(weights, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_corners_and_centre_are_reached_exactly(count: int) -> None:
+    """Warm starts are corners and the centre: an unmerged source must be that source, not almost."""
+    for index in range(count):
+        corner = [float(index == other) for other in range(count)]
+        assert _simplex(_fractions(corner)) == corner
+    assert _simplex(_fractions([1 / count] * count)) == pytest.approx([1 / count] * count, abs=1e-15)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_uniform_fractions_are_uniform_on_the_simplex(count: int) -> None:
+    """Each weight of a uniform point on the simplex has the distribution function 1 - (1 - w)^(n - 1), and no order
+    of the sources is preferred; 1.63 / sqrt(samples) is the Kolmogorov-Smirnov bound at the 1 % level.
+    """
+    samples = 4000
+    random = np.random.default_rng(3)
+    weights = np.array([_simplex(fractions) for fractions in random.random((samples, count - 1)).tolist()])
+    steps = np.arange(1, samples + 1) / samples
+    for index in range(count):
+        expected = 1 - (1 - np.sort(weights[:, index])) ** (count - 1)
+        assert np.abs(expected - steps).max() < 1.63 / np.sqrt(samples)
+    # Any two weights of a uniform point are correlated by -1 / (n - 1).
+    correlations = np.corrcoef(weights.T)[~np.eye(count, dtype=bool)]
+    assert correlations == pytest.approx(np.full(len(correlations), -1 / (count - 1)), abs=0.06)
+
+
+@given(st.floats(0, 1))
+def test_two_sources_have_the_published_weight(weight: float) -> None:
+    space = make_space(SearchSpec(techniques=["linear"]), blocks=1)
+    assert list(space.configuration_space(0)) == ["b0/weight/low"]
+    (block,) = space.recipe_blocks({"b0/weight/low": weight})
+    assert block.weights == {"low": weight, "high": 1 - weight}
+
+
+def test_the_range_bounds_the_published_weight() -> None:
+    space = make_space(SearchSpec(weight_range=[0.2, 0.6], techniques=["linear"]), blocks=1)
+    drawn = [config["b0/weight/low"] for config in sampled(space, 300)]
+    assert min(drawn) >= 0.2 and max(drawn) <= 0.6
+    assert min(drawn) < 0.22 and max(drawn) > 0.58
+
+
+# Independent weights
+
+
+def test_independent_weights_are_one_number_a_source_and_unnormalised() -> None:
+    space = make_space(SearchSpec(weights="independent", weight_range=[-0.5, 1.5]), sources=("a", "b", "c"), blocks=1)
+    keys = [key for key in space.configuration_space(0) if "/weight/" in key]
+    assert sorted(keys) == ["b0/weight/a", "b0/weight/b", "b0/weight/c"]
+    point = {"b0/technique": "ties", "b0/density": 0.7, "b0/weight/a": -0.5, "b0/weight/b": 1.5, "b0/weight/c": 1.25}
+    (block,) = space.recipe_blocks(point)
+    assert block.weights == {"a": -0.5, "b": 1.5, "c": 1.25}
+    assert block.hyperparameters["normalize"] is False
+    drawn = np.array([[config[key] for key in keys] for config in sampled(space, 300)], dtype=float)
+    assert drawn.min() >= -0.5 and drawn.max() <= 1.5
+    assert np.ptp(drawn.sum(axis=1)) > 2, "the weights share nothing"
+
+
+def test_simplex_weights_leave_ties_normalised() -> None:
+    space = make_space(SearchSpec(), blocks=1)
+    (block,) = space.recipe_blocks({"b0/technique": "ties", "b0/density": 0.7, "b0/weight/low": 0.25})
+    assert block.hyperparameters == {"density": 0.7, "lambda": 1.0, "normalize": True}
+
+
+# Conditional hyperparameters
+
+
+def test_density_exists_only_under_the_techniques_that_have_it() -> None:
+    configs = sampled(make_space(SearchSpec()), 200)
+    seen = set()
+    for config in configs:
+        for block in ("b0", "b1", "b2"):
+            technique = config[f"{block}/technique"]
+            seen.add(technique)
+            assert (f"{block}/density" in config) == (technique not in WITHOUT_DENSITY)
+            if f"{block}/density" in config:
+                assert 0.5 <= float(str(config[f"{block}/density"])) <= 1.0
+    assert seen == set(TECHNIQUES)
+
+
+def test_a_hyperparameter_of_all_techniques_is_unconditional() -> None:
+    space = make_space(SearchSpec(techniques=["ties", "dare_ties"]), blocks=1).configuration_space(0)
+    assert sorted(space) == ["b0/density", "b0/technique", "b0/weight/low"]
+    assert space.conditions == []
+
+
+def test_one_technique_leaves_no_choice() -> None:
+    ties = make_space(SearchSpec(techniques=["ties"], density_range=[0.3, 0.4]), blocks=2)
+    space = ties.configuration_space(0)
+    assert sorted(space) == ["b0/density", "b0/weight/low", "b1/density", "b1/weight/low"]
+    assert space.conditions == []
+    blocks = ties.recipe_blocks(dict(space.sample_configuration()))
+    assert [block.technique for block in blocks] == ["ties", "ties"]
+    assert all(0.3 <= float(block.hyperparameters["density"]) <= 0.4 for block in blocks)
+    assert sorted(make_space(SearchSpec(techniques=["linear"]), blocks=1).configuration_space(0)) == ["b0/weight/low"]
+
+
+def declared(name: str, *hyperparameters: Hyperparameter) -> Declaration:
+    return Declaration(name=name, source="", hyperparameters=hyperparameters)
+
+
+def test_every_kind_of_hyperparameter_can_be_searched() -> None:
+    plugin = declared(
+        "linear",
+        Hyperparameter("rank", "int", default=4, low=1, high=8, searched=True),
+        Hyperparameter("mode", "choice", default="a", choices=("a", "b"), searched=True),
+        Hyperparameter("centre", "bool", default=True, searched=True),
+        Hyperparameter("strength", "float", default=1.0, low=0.0, high=2.0, searched=True),
+        Hyperparameter("fixed", "float", default=0.25),
+    )
+    space = SearchSpace([make_block("b0")], ["low", "high"], {"linear": plugin}, SearchSpec())
+    found: dict[str, set[object]] = {}
+    for config in space.configuration_space(0).sample_configuration(100):
+        (block,) = space.recipe_blocks(dict(config))
+        for key, value in block.hyperparameters.items():
+            found.setdefault(key, set()).add(value)
+    assert found["rank"] == set(range(1, 9)) and {type(value) for value in found["rank"]} == {int}
+    assert found["mode"] == {"a", "b"}
+    assert found["centre"] == {True, False} and {type(value) for value in found["centre"]} == {bool}
+    assert all(0 <= float(str(value)) <= 2 for value in found["strength"])
+    assert found["fixed"] == {0.25}
+
+
+def test_a_searched_hyperparameter_without_a_range_is_refused() -> None:
+    plugin = declared("linear", Hyperparameter("strength", "float", default=1.0, searched=True))
+    space = SearchSpace([make_block("b0")], ["low", "high"], {"linear": plugin}, SearchSpec())
+    with pytest.raises(SearchError, match="'strength' is searched but declares no range"):
+        space.configuration_space(0)
+
+
+def test_hyperparameters_of_one_name_and_other_meanings_stay_apart() -> None:
+    """Two techniques may call different things 'strength': each keeps its own range and default."""
+    near = declared("near", Hyperparameter("strength", "float", default=0.5, low=0.0, high=1.0, searched=True))
+    far = declared("far", Hyperparameter("strength", "int", default=40, low=10, high=90, searched=True))
+    space = SearchSpace([make_block("b0")], ["low", "high"], {"near": near, "far": far}, SearchSpec())
+    values: dict[str, list[float]] = {"near": [], "far": []}
+    for config in sampled(space, 60):
+        (block,) = space.recipe_blocks(config)
+        values[block.technique].append(float(block.hyperparameters["strength"]))
+    assert 0 <= min(values["near"]) < max(values["near"]) <= 1
+    assert 10 <= min(values["far"]) < max(values["far"]) <= 90
+    for technique, default in (("near", 0.5), ("far", 40)):
+        (block,) = space.recipe_blocks(space._point(technique, [0.5, 0.5]))
+        assert block.hyperparameters == {"strength": default}
+
+
+# Blocks that have only buffers
+
+
+def test_a_block_with_only_buffers_is_not_searched_and_is_averaged() -> None:
+    techniques, _ = usable_techniques(TECHNIQUES, sources=2, has_base=True)
+    blocks = [make_block("b0"), make_block("rest", parameters=(), buffers=("mean", "variance"))]
+    space = SearchSpace(blocks, ["low", "high"], techniques, SearchSpec())
+    assert not [key for key in space.configuration_space(0) if key.startswith("rest/")]
+    for point in (space.average(), *(point for _, point in space.warm_starts()), sampled(space, 1)[0]):
+        rest = space.recipe_blocks(point)[1]
+        assert rest.weights == {"low": 0.5, "high": 0.5}
+        assert rest.parameters == [] and rest.buffers == ["rest.mean", "rest.variance"]
+        plan(space, space.recipe_blocks(point))
+
+
+# Warm starts
+
+
+@pytest.mark.parametrize("weights", ["simplex", "independent"])
+@pytest.mark.parametrize("sources", [("low", "high"), ("a", "b", "c")])
+def test_warm_starts_are_the_average_and_each_source(weights: str, sources: tuple[str, ...]) -> None:
+    space = make_space(SearchSpec(weights=weights), sources=sources, blocks=2)  # type: ignore[arg-type]
+    starts = dict(space.warm_starts())
+    assert list(starts) == ["average", *(f"source:{name}" for name in sources)]
+    for origin, point in starts.items():
+        Configuration(space.configuration_space(0), values=point)  # it is a point of the space
+        for block in space.recipe_blocks(point):
+            assert block.technique == "linear"
+            wanted = {name: float(origin == f"source:{name}") for name in sources}
+            if origin == "average":
+                wanted = dict.fromkeys(sources, 1 / len(sources))
+            assert block.weights == pytest.approx(wanted, abs=1e-15)
+
+
+def test_warm_starts_outside_the_range_are_left_out() -> None:
+    space = make_space(SearchSpec(weight_range=[0.3, 0.7]))
+    assert [origin for origin, _ in space.warm_starts()] == ["average"]
+    space = make_space(SearchSpec(weights="independent", weight_range=[0.6, 2.0]))
+    assert space.warm_starts() == []
+
+
+def test_warm_starts_need_a_technique_that_leaves_a_source_as_it_is() -> None:
+    assert make_space(SearchSpec(techniques=["ties", "dare_linear"])).warm_starts() == []
+    starts = make_space(SearchSpec(techniques=["ties", "task_arithmetic"])).warm_starts()
+    assert {value for _, point in starts for key, value in point.items() if key.endswith("technique")} == {
+        "task_arithmetic"
+    }
+
+
+# Techniques
+
+
+def test_without_a_base_the_task_vector_techniques_leave_with_one_notice() -> None:
+    kept, notices = usable_techniques(TECHNIQUES, sources=2, has_base=False)
+    assert list(kept) == ["linear"]
+    assert notices == [
+        "without a base these techniques are left out: task_arithmetic, ties, dare_linear, dare_ties",
+    ]
+
+
+def test_with_a_base_all_techniques_stay_in_their_order() -> None:
+    names = list(reversed(TECHNIQUES))
+    kept, notices = usable_techniques(names, sources=3, has_base=True)
+    assert list(kept) == names
+    assert notices == []
+
+
+def test_no_technique_left_or_an_unknown_one_is_one_sentence() -> None:
+    with pytest.raises(SearchError, match=r"none fits the inputs: without a base .* ties; "):
+        usable_techniques(["ties"], sources=2, has_base=False)
+    with pytest.raises(PluginError, match=r"search.techniques.1.*did you mean 'ties'"):
+        usable_techniques(["linear", "tied"], sources=2, has_base=True)
+
+
+# All of it
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    sources=st.integers(2, 4),
+    weights=st.sampled_from(["simplex", "independent"]),
+    techniques=st.lists(st.sampled_from(TECHNIQUES), min_size=1, unique=True),
+    blocks=st.integers(1, 3),
+    low=st.floats(0.05, 0.9),
+)
+def test_any_point_is_a_mergeable_recipe_and_stays_what_it_was(
+    seed: int, sources: int, weights: str, techniques: list[str], blocks: int, low: float
+) -> None:
+    spec = SearchSpec(techniques=techniques, weights=weights, density_range=[low, 1.0])  # type: ignore[arg-type]
+    space = make_space(spec, sources=[f"s{index}" for index in range(sources)], blocks=blocks)
+    for config in [*sampled(space, 3, seed), *(point for _, point in space.warm_starts())]:
+        recipe_blocks = space.recipe_blocks(config)
+        plan(space, recipe_blocks)
+        assert [block.name for block in recipe_blocks] == [block.name for block in space.blocks]
+        for block in recipe_blocks:
+            assert list(block.weights) == list(space.sources)
+            if weights == "simplex":
+                assert sum(block.weights.values()) == pytest.approx(1)
+        again = [RecipeBlock.model_validate_json(block.model_dump_json()) for block in recipe_blocks]
+        assert again == recipe_blocks
+        assert [block_key(block) for block in again] == [block_key(block) for block in recipe_blocks]
+
+
+def test_the_same_arguments_give_the_same_space() -> None:
+    first, second = (make_space(SearchSpec()).configuration_space(7) for _ in range(2))
+    assert first == second
+    assert list(first) == list(second)
+    assert first.sample_configuration(5) == second.sample_configuration(5)
