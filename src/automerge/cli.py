@@ -4,7 +4,9 @@ Heavy imports happen inside the commands, so that `automerge --help` answers at 
 """
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, SpecError
 from automerge.spec import Spec, json_schema, load_spec
 
@@ -40,11 +43,30 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except AutoMergeError as error:
-        click.echo(f"error: {error}", err=True)
+        for sentence in str(error).splitlines():  # a spec can have several problems
+            click.echo(f"error: {sentence}", err=True)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        remedy = f"; see `{context.command_path} --help`" if context is not None else ""
+        click.echo(f"error: {_lower_first(error.format_message()).rstrip('.')}{remedy}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not try to flush the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        click.echo(
+            f"error: {error.filename}: {_lower_first(error.strerror or 'failed')}; "
+            "check the path, its permissions and the free space",
+            err=True,
+        )
+        sys.exit(AutoMergeError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
@@ -73,8 +95,7 @@ def init(path: Path) -> None:
     if path.exists():
         raise SpecError(f"{path}: exists already", "name another file")
     template = Path(__file__).with_name("spec_template.yaml").read_text()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(template)
+    write_atomically(path, template.encode())
     click.echo(f"wrote {path}; edit it, then: automerge validate {path}")
 
 
@@ -225,7 +246,21 @@ def run(spec: Path, output: Path | None, resume: bool) -> None:
 
 def _begin(spec: Path, output: Path | None) -> tuple[Spec, Path]:
     loaded = load_spec(spec)
-    return loaded, output if output is not None else Path("runs") / loaded.name
+    folder = output if output is not None else Path("runs") / loaded.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SpecError(
+            f"{folder}: the folder of the run cannot be written ({_lower_first(error.strerror or 'failed')})",
+            "name another one with --output",
+        ) from None
+    return loaded, folder
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 @contextmanager

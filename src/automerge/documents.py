@@ -49,21 +49,25 @@ class Document(Model):
         """
         try:
             value = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise SpecError(f"{path}: no such file", f"run the stage that writes the {cls.FORMAT}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SpecError(f"{path}: not valid JSON ({error})", "write it again by its stage") from None
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise SpecError(f"{path}: {reason}", f"{_writer(cls.FORMAT)} writes it") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise SpecError(
+                f"{path}: not valid JSON ({error})", f"have it written again by {_writer(cls.FORMAT)}"
+            ) from None
         return cls.parse(value, where=str(path))
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Self:
         """Validate one document that was already decoded; ``where`` names it in the error."""
         if not isinstance(value, dict) or value.get("format") != cls.FORMAT:
-            found = value.get("format") if isinstance(value, dict) else type(value).__name__
-            raise SpecError(f"{where}: expected a {cls.FORMAT} document, found {found!r}", "pass the right file")
+            found = value.get("format") if isinstance(value, dict) else None
+            named = f", its format is {found}" if isinstance(found, str) else ""
+            raise SpecError(f"{where}: not of the format {cls.FORMAT}{named}", f"pass what {_writer(cls.FORMAT)} wrote")
         if value.get("version") != cls.VERSION:
             raise SpecError(
-                f"{where}: {cls.FORMAT} version {value.get('version')!r} is not readable by this release, "
+                f"{where}: {cls.FORMAT} version {json.dumps(value.get('version'))} is not readable by this release, "
                 f"which reads version {cls.VERSION}",
                 "use the release that wrote it",
             )
@@ -72,7 +76,10 @@ class Document(Model):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise SpecError(f"{where}: {key}: {first['msg']}", "write it again by its stage") from None
+            raise SpecError(
+                f"{where}: {key}: {_REASONS.get(first['type'], first['msg'])}",
+                f"have it written again by {_writer(cls.FORMAT)}",
+            ) from None
 
     def write(self, path: Path) -> Path:
         """Write the document as indented JSON, atomically; returns ``path``."""
@@ -82,6 +89,17 @@ class Document(Model):
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON: sorted keys, no white space. Equal content, equal digest."""
         return digest_of(self.model_dump(mode="json"))
+
+
+_WRITERS = {"manifest": "fetch", "segmentation": "segment", "recipe": "search", "merged": "merge"}
+_WRITERS |= {"evaluation": "evaluate", "registration": "register"}
+_REASONS = {"missing": "this key is missing", "extra_forbidden": "unknown key"}
+
+
+def _writer(format_name: str) -> str:
+    """The command that writes documents of a format, for errors."""
+    name = format_name.removeprefix("automerge/")
+    return f"`automerge {_WRITERS[name]}`" if name in _WRITERS else f"the writer of {format_name}"
 
 
 def digest_of(value: Any) -> str:

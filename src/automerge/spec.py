@@ -21,7 +21,15 @@ from automerge.documents import digest_of
 from automerge.errors import SpecError
 from automerge.plugins import nearest
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+_PATTERNS = {
+    _NAME: "up to 63 letters, digits, '_', '.' and '-', beginning with a letter or digit",
+    _DEVICE: "auto, cpu, cuda or cuda:N",
+}
+"""What each pattern asks for, in words."""
+
+Name = Annotated[str, StringConstraints(pattern=_NAME)]
 Json = Any
 
 
@@ -231,7 +239,7 @@ class GateSpec(SpecModel):
 class ComputeSpec(SpecModel):
     """Where the models run."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field(default="auto", pattern=_DEVICE, description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch; a search repeats exactly only on the same number."
     )
@@ -326,11 +334,9 @@ def parse_spec(
         SpecError: one sentence for each problem, with its path in the spec.
     """
     try:
-        value = json.loads(text) if text.lstrip().startswith("{") else yaml.load(text, Loader=_StrictLoader)  # noqa: S506
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise SpecError(
-            f"{where}: not valid YAML or JSON: {' '.join(str(error).split())}", "mend the line named"
-        ) from None
+        value = _decode(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"{where}: not valid YAML or JSON: {_syntax(error)}", "mend it there") from None
     if not isinstance(value, dict):
         raise SpecError(f"{where}: the spec is empty or not a mapping", "start from `automerge init`")
     value = _substitute(value, os.environ if environment is None else environment, where, "")
@@ -350,19 +356,46 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML's safe loader, but a key written twice is an error: silently the last one would win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
+        seen: set[tuple[str, str]] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key_node.start_mark)
+            key = (key_node.tag, key_node.value)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                    None, None, f"the key {key_node.value!r} is written twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+def _decode(text: str) -> Any:
+    if text.lstrip().startswith("{"):
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} is written twice")
+    return dict(pairs)
+
+
+def _syntax(error: Exception) -> str:
+    """What a parser has to say, and where, in the words of both formats."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {_lower_first(error.msg)}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_SECRET = re.compile(r"(SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_KEY)", re.IGNORECASE)
+SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_KEY", re.IGNORECASE)
+"""Matches the names of environment variables that hold secrets: no spec may use one, no log shows its value."""
 
 
 def _substitute(value: Any, environment: Mapping[str, str], where: str, path: str) -> Any:
@@ -376,7 +409,7 @@ def _substitute(value: Any, environment: Mapping[str, str], where: str, path: st
 
     def replace(match: re.Match[str]) -> str:
         name = match.group(1)
-        if _SECRET.search(name):
+        if SECRET_NAME.search(name):
             raise SpecError(
                 f"{where}: {path}: ${{{name}}} looks like a secret, and a spec is logged and registered",
                 "leave it in the environment: storage and registries read their credentials there",
@@ -422,19 +455,31 @@ def _sentence(where: str, problem: Any) -> str:
         return f"{prefix}this key is missing; add it"
     if kind == "literal_error":
         valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"{prefix}unknown value {problem['input']!r}; {nearest(str(problem['input']), valid)}"
+        return f"{prefix}unknown value {_shown(problem['input'])}; {nearest(str(problem['input']), valid)}"
     if kind == "value_error":
         return prefix + str(problem["ctx"]["error"])
     if kind == "string_pattern_mismatch":
-        return f"{prefix}{problem['input']!r} does not match {problem['ctx']['pattern']}"
-    return f"{prefix}{_lower_first(problem['msg'])}, got {problem['input']!r}"
+        return f"{prefix}{_shown(problem['input'])} is not valid; use {_PATTERNS[problem['ctx']['pattern']]}"
+    if kind == "model_type":
+        return f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {', '.join(_keys_at(location))}"
+    if kind in ("too_short", "too_long"):
+        bound, limit = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+        return f"{prefix}expected {bound} {problem['ctx'][limit]} entries, got {problem['ctx']['actual_length']}"
+    return f"{prefix}{_lower_first(problem['msg'])}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any, limit: int = 80) -> str:
+    """A value of the spec as JSON, which is how YAML would have it too; shortened."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _keys_at(location: tuple[Any, ...]) -> list[str]:
     """The valid keys of the spec's mapping at one place, found by walking the models' annotations."""
     model: Any = Spec
     for part in location:
-        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
+        # A number, or a name that the user chose, leads into a list or dict, whose model is found already.
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = _inner_model(model.model_fields[part].annotation)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from automerge.merging.recipe import RecipeBlock
-from automerge.searching.space import SearchSpace, usable_techniques
+from automerge.merging.technique import usable_techniques
+from automerge.searching.space import SearchSpace
 from automerge.segmenting.segmentation import Block
 from automerge.spec import SearchSpec
 

@@ -19,7 +19,9 @@ WITHOUT_DENSITY = {"linear", "task_arithmetic"}
 
 
 def sampled(space: SearchSpace, count: int, seed: int = 0) -> list[dict[str, object]]:
-    return [dict(config) for config in space.configuration_space(seed).sample_configuration(count)]
+    """Points in the form in which the optimiser proposes them: plain Python values."""
+    configs = space.configuration_space(seed).sample_configuration(count)
+    return [{key: np.asarray(value).item() for key, value in dict(config).items()} for config in configs]
 
 
 def plan(space: SearchSpace, blocks: list[RecipeBlock]) -> None:
@@ -164,8 +166,8 @@ def test_every_kind_of_hyperparameter_can_be_searched() -> None:
     )
     space = SearchSpace([make_block("b0")], ["low", "high"], {"linear": plugin}, SearchSpec())
     found: dict[str, set[object]] = {}
-    for config in space.configuration_space(0).sample_configuration(100):
-        (block,) = space.recipe_blocks(dict(config))
+    for config in sampled(space, 100):
+        (block,) = space.recipe_blocks(config)
         for key, value in block.hyperparameters.items():
             found.setdefault(key, set()).add(value)
     assert found["rank"] == set(range(1, 9)) and {type(value) for value in found["rank"]} == {int}
@@ -206,7 +208,7 @@ def test_a_block_with_only_buffers_is_not_searched_and_is_averaged() -> None:
     blocks = [make_block("b0"), make_block("rest", parameters=(), buffers=("mean", "variance"))]
     space = SearchSpace(blocks, ["low", "high"], techniques, SearchSpec())
     assert not [key for key in space.configuration_space(0) if key.startswith("rest/")]
-    for point in (space.average(), *(point for _, point in space.warm_starts()), sampled(space, 1)[0]):
+    for point in (space.average(), *(point for _, point in space.warm_starts()), *sampled(space, 2)):
         rest = space.recipe_blocks(point)[1]
         assert rest.weights == {"low": 0.5, "high": 0.5}
         assert rest.parameters == [] and rest.buffers == ["rest.mean", "rest.variance"]

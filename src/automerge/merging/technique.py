@@ -329,6 +329,41 @@ def load_technique(name: str, where: str = "") -> Technique:
     return _LOADED[name]
 
 
+def usable_techniques(
+    names: Sequence[str], *, sources: int, has_base: bool
+) -> tuple[dict[str, Declaration], list[str]]:
+    """Declarations of those techniques of a spec that fit the inputs, and a notice for each reason to leave some out.
+
+    Args:
+        names: ``search.techniques``.
+        sources: how many sources there are.
+        has_base: whether there is a base.
+
+    Raises:
+        PluginError: a name is unknown.
+        MergeError: none fits.
+    """
+    kept: dict[str, Declaration] = {}
+    without_base: list[str] = []
+    wrong_count: list[str] = []
+    for index, name in enumerate(names):
+        declaration = load_technique(name, where=f"search.techniques.{index}").declaration
+        if declaration.requires_base and not has_base:
+            without_base.append(name)
+        elif sources < declaration.minimum_sources or sources > (declaration.maximum_sources or sources):
+            wrong_count.append(name)
+        else:
+            kept[name] = declaration
+    notices = []
+    if without_base:
+        notices.append(f"without a base these techniques are left out: {', '.join(without_base)}")
+    if wrong_count:
+        notices.append(f"these techniques do not take {sources} sources and are left out: {', '.join(wrong_count)}")
+    if not kept:
+        raise MergeError(f"search.techniques: none fits the inputs: {'; '.join(notices)}", "add 'linear' or a base")
+    return kept, notices
+
+
 def validate_settings(settings: Settings, *, sources: Sequence[str], has_base: bool, where: str) -> Settings:
     """Check settings against the technique's declaration, before anything is computed.
 

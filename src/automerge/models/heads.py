@@ -79,21 +79,15 @@ class Heads:
         for alias, name in tied.items():
             spellings.setdefault(name, []).append(alias)
         for name, tensor in self.live.items():
-            found = next(spelling for spelling in [name, *spellings.get(name, [])] if spelling in shared)
+            found = next((spelling for spelling in (name, *spellings.get(name, [])) if spelling in shared), name)
             tensor.copy_(shared[found])
 
 
 def _share(module: nn.Module, live: Tensors) -> None:
-    """Make a module hold the live tensors themselves instead of its own copies."""
+    """Make a module run on the memory of the live tensors instead of its own copies."""
     _, _, tied = state_names(module)
-    for name in list(module.state_dict(keep_vars=True)):
+    for name, own in module.state_dict(keep_vars=True).items():
         tensor = live.get(tied.get(name, name))
-        if tensor is None:
-            continue
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if leaf in owner._parameters:
-            assert isinstance(tensor, nn.Parameter)  # noqa: S101 - the same name in the first module
-            owner._parameters[leaf] = tensor
-        else:
-            owner._buffers[leaf] = tensor
+        if tensor is not None:
+            # The storage and not the object, so that every reference to it in the module follows.
+            own.data = tensor.data

@@ -260,7 +260,13 @@ class MlflowRegistry:
 
 
 def _address(spec: RegistrySpec) -> str:
-    uri = spec.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = spec.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and "KUBERNETES_SERVICE_HOST" in os.environ:
+        raise RegistryError(
+            "no MLflow server is named, and a database in a pod's working folder is lost with the pod",
+            "set MLFLOW_TRACKING_URI in the config map, or registry.uri in the spec",
+        )
+    uri = uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     if re.match(r"^(https?|sqlite|postgresql|mysql|mssql)([+:-]|$)", uri):
         return uri
     raise RegistryError(

@@ -22,6 +22,7 @@ from ConfigSpace import Configuration, ConfigurationSpace
 from smac import HyperparameterOptimizationFacade, Scenario
 from smac.initial_design import AbstractInitialDesign
 from smac.main.config_selector import ConfigSelector
+from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.model.random_forest import RandomForest
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 
@@ -103,7 +104,7 @@ class Optimiser:
         """
         try:
             info = self._smac.ask()
-        except StopIteration:
+        except (StopIteration, ConfigurationSpaceExhaustedException):
             raise SearchError("the search space is exhausted", "set search.trials to fewer trials") from None
         number, self._asked = self._asked, self._asked + 1
         self._infos[number] = info

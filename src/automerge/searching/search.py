@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from automerge.documents import digest_of
-from automerge.errors import AutoMergeError, MissingExtraError, SearchError
+from automerge.errors import AutoMergeError, SearchError
 from automerge.merging.recipe import RecipeBlock, block_key
 from automerge.searching.store import Ask, Header, Tell, TrialStore
 from automerge.searching.trial import Trial, capability_preservation, harmonic_mean
 
-if TYPE_CHECKING:  # SMAC and ConfigSpace take seconds to import
+if TYPE_CHECKING:
     from automerge.searching.optimiser import Optimiser
     from automerge.searching.space import SearchSpace
 
@@ -85,12 +85,10 @@ def search(
         progress: called after each trial, the replayed ones of a resumed search included.
 
     Raises:
-        SearchError: the log cannot be used, all trials failed, or the search was interrupted before any succeeded.
+        SearchError: the log cannot be used, or all trials failed.
+        KeyboardInterrupt: the search was interrupted before any trial succeeded.
     """
-    try:
-        from automerge.searching.optimiser import Optimiser
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"the search ({error.name})", "search") from None
+    from automerge.searching.optimiser import Optimiser  # SMAC takes seconds to import
 
     spec = space.spec
     warm = space.warm_starts() if spec.effective_warm_start else []
@@ -218,7 +216,8 @@ class _Loop:
             return stopped
         except KeyboardInterrupt:
             if self.best is None:
-                raise SearchError("interrupted before any trial succeeded", "go on with --resume") from None
+                log.warning("interrupted before any trial succeeded; what was done is kept for --resume")
+                raise
             return "interrupted"
 
     def result(self, stopped: str) -> SearchResult:

@@ -11,15 +11,14 @@ has it is chosen. Blocks share nothing. Two modes of weights:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ConfigSpace import CategoricalHyperparameter, ConfigurationSpace, EqualsCondition, Float, InCondition, Integer
 
 from automerge.errors import SearchError
 from automerge.merging.recipe import RecipeBlock
-from automerge.merging.technique import Declaration, Hyperparameter, load_technique
-from automerge.plugins import nearest
+from automerge.merging.technique import Declaration, Hyperparameter
 from automerge.segmenting.segmentation import Block
 from automerge.spec import SearchSpec
 
@@ -56,9 +55,9 @@ class SearchSpace:
                 )
                 space.add(Float(key, (low, high)))
             for name, users in self._searched().items():
-                hyperparameter = self._dimension(f"{block.name}/{name}", users[0][1])
+                hyperparameter = self._dimension(f"{block.name}/{name}", next(iter(users.values())))
                 space.add(hyperparameter)
-                owners = [technique for technique, _ in users]
+                owners = list(users)
                 if choice is not None and len(owners) < len(self.techniques):
                     space.add(
                         EqualsCondition(hyperparameter, choice, owners[0])
@@ -105,8 +104,8 @@ class SearchSpace:
                 config[f"{block.name}/technique"] = technique
             config.update(zip(self._weight_keys(block), values, strict=True))
             for name, users in self._searched().items():
-                if technique in [user for user, _ in users]:
-                    config[f"{block.name}/{name}"] = users[0][1].default
+                if technique in users:
+                    config[f"{block.name}/{name}"] = users[technique].default
         return config
 
     def _recipe_block(self, block: Block, config: Mapping[str, Any]) -> RecipeBlock:
@@ -118,8 +117,10 @@ class SearchSpace:
         else:
             weights = [1.0 / len(self.sources)] * len(self.sources)
         hyperparameters: dict[str, Any] = {}
+        spellings = {users[technique].name: name for name, users in self._searched().items() if technique in users}
         for hyperparameter in declaration.hyperparameters:
-            value = config.get(f"{block.name}/{hyperparameter.name}", hyperparameter.default)
+            name = spellings.get(hyperparameter.name, hyperparameter.name)
+            value = config.get(f"{block.name}/{name}", hyperparameter.default)
             if hyperparameter.name == "normalize" and self.spec.weights == "independent":
                 value = False
             hyperparameters[hyperparameter.name] = value if isinstance(value, str | bool | int) else float(value)
@@ -136,13 +137,24 @@ class SearchSpace:
         names = self.sources if self.spec.weights == "independent" else self.sources[:-1]
         return [f"{block.name}/weight/{name}" for name in names]
 
-    def _searched(self) -> dict[str, list[tuple[str, Hyperparameter]]]:
-        """Searched hyperparameters by name, each with the techniques that have it."""
-        found: dict[str, list[tuple[str, Hyperparameter]]] = {}
+    def _searched(self) -> dict[str, dict[str, Hyperparameter]]:
+        """Searched hyperparameters by their name in the space, as each technique that has it declares it.
+
+        Techniques share what they declare alike. Where they mean different things by one name, each has one of its own,
+        with the technique's name before it.
+        """
+        by_name: dict[str, dict[str, Hyperparameter]] = {}
         for technique, declaration in self.techniques.items():
             for hyperparameter in declaration.hyperparameters:
                 if hyperparameter.searched:
-                    found.setdefault(hyperparameter.name, []).append((technique, hyperparameter))
+                    by_name.setdefault(hyperparameter.name, {})[technique] = hyperparameter
+        found: dict[str, dict[str, Hyperparameter]] = {}
+        for name, users in by_name.items():
+            first, *others = (replace(user, doc="") for user in users.values())
+            if all(other == first for other in others):
+                found[name] = users
+            else:
+                found |= {f"{technique}.{name}": {technique: user} for technique, user in users.items()}
         return found
 
     def _dimension(self, key: str, hyperparameter: Hyperparameter) -> Any:
@@ -160,38 +172,6 @@ class SearchSpace:
         if hyperparameter.kind == "int":
             return Integer(key, (int(low), int(high)))
         return Float(key, (float(low), float(high)))
-
-
-def usable_techniques(
-    names: Sequence[str], *, sources: int, has_base: bool
-) -> tuple[dict[str, Declaration], list[str]]:
-    """Declarations of the techniques that fit the inputs, and a notice for each reason that some were left out.
-
-    Raises:
-        PluginError: a name is unknown.
-        SearchError: none fits.
-    """
-    kept: dict[str, Declaration] = {}
-    without_base: list[str] = []
-    wrong_count: list[str] = []
-    for index, name in enumerate(names):
-        declaration = load_technique(name, where=f"search.techniques.{index}").declaration
-        if declaration.requires_base and not has_base:
-            without_base.append(name)
-        elif sources < declaration.minimum_sources or sources > (declaration.maximum_sources or sources):
-            wrong_count.append(name)
-        else:
-            kept[name] = declaration
-    notices = []
-    if without_base:
-        notices.append(f"without a base these techniques are left out: {', '.join(without_base)}")
-    if wrong_count:
-        notices.append(f"these techniques do not take {sources} sources and are left out: {', '.join(wrong_count)}")
-    if not kept:
-        raise SearchError(
-            f"search.techniques: none fits the inputs: {'; '.join(notices)}", nearest("linear", ["linear"])
-        )
-    return kept, notices
 
 
 def _simplex(fractions: Sequence[float]) -> list[float]:

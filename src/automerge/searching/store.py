@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from automerge.documents import Model
+from automerge.documents import Model, write_atomically
 from automerge.errors import SearchError
 from automerge.searching.trial import Trial
 
@@ -67,14 +67,10 @@ class TrialStore:
         """
         if path.exists():
             raise SearchError(f"{path}: a search was begun here", "pass --resume to go on, or another folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
         line = _encode(header)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(line)
-        temporary.replace(path)
-        store = cls(path, header, [], len(line))
-        store._sync()
-        return store
+        write_atomically(path, line)
+        _sync_folder(path.parent)
+        return cls(path, header, [], len(line))
 
     @classmethod
     def resume(cls, path: Path, identity: str) -> Self:
@@ -145,7 +141,16 @@ def read_log(path: Path) -> tuple[Header, list[Ask | Tell], int]:
 
 
 def _whole_lines(content: bytes) -> Iterator[bytes]:
-    return (line for line in content.splitlines(keepends=True) if line.endswith(b"\n"))
+    return (line + b"\n" for line in content.split(b"\n")[:-1])
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder durable: syncing the file alone does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _encode(event: Header | Ask | Tell) -> bytes:

@@ -15,7 +15,7 @@ from automerge.errors import MergeError, MissingExtraError, ModelError, SpecErro
 from automerge.merging.recipe import BASE, Recipe, RecipeBlock
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.streamed import HEADS
-from automerge.merging.technique import Declaration
+from automerge.merging.technique import Declaration, usable_techniques
 from automerge.models.heads import Heads
 from automerge.models.onnx import check_onnx, export_onnx
 from automerge.preservation import (
@@ -31,7 +31,6 @@ from automerge.preservation import (
 )
 from automerge.report.report import write_report
 from automerge.searching.evaluator import MeasuredTask
-from automerge.searching.space import usable_techniques
 from automerge.searching.store import read_trials
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec

@@ -15,10 +15,11 @@ from automerge.checkpoint.info import TensorInfo
 from automerge.checkpoint.layout import peek_tensors
 from automerge.checkpoint.open import open_checkpoint
 from automerge.documents import digest_of
-from automerge.errors import CheckpointError
+from automerge.errors import CheckpointError, TaskError
 from automerge.merging.apply import refuse_non_finite
 from automerge.spec import Spec
 from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
+from automerge.stages.inputs import check_plugins
 from automerge.storage import ObjectInfo, list_objects, read_range
 from automerge.tasks.task import load_task
 from automerge.telemetry.metrics import observe_stage
@@ -36,9 +37,11 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         CheckpointError: a checkpoint is damaged or unsafe, the checkpoints do not fit each other, or a digest in the
             spec does not fit.
         MergeError: a checkpoint has NaN or infinite values.
-        PluginError, TaskError: a task's kind is unknown, or its data are unusable.
+        PluginError, TaskError, SearchError: a plug-in that the spec names is unknown, a task's data are unusable, or no
+            technique fits.
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
+        check_plugins(spec)
         wanted = _wanted(spec)
         listings = {item.name: list_objects(item.uri) for item in wanted}
         _check_headers(spec, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
@@ -114,7 +117,10 @@ def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
         reference = paths[spec.reference_of(task)]
         plugin = load_task(task, reference if reference.is_dir() else reference.parent)
         for split in ("validation", "test"):
-            plugin.load(paths[f"{task.name}/{split}"])
+            try:
+                plugin.load(paths[f"{task.name}/{split}"])
+            except TaskError as error:
+                raise TaskError(f"tasks.{task.name}.{split}: {error.problem}", error.remedy) from error
 
 
 def _check_tensors(spec: Spec, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> None:

@@ -11,8 +11,8 @@ import torch
 from automerge.checkpoint.open import Checkpoint, open_checkpoint
 from automerge.errors import ModelError, SpecError
 from automerge.merging.recipe import BASE
+from automerge.merging.technique import usable_techniques
 from automerge.models.architecture import Architecture, load_architecture
-from automerge.searching.space import usable_techniques
 from automerge.spec import Spec, TaskSpec
 from automerge.stages.documents import MANIFEST, Manifest
 from automerge.tasks.task import Task, TaskData, load_task

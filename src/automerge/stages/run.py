@@ -4,13 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from automerge.errors import SearchError
 from automerge.preservation import Evaluation
 from automerge.registry.registry import RegisteredVersion
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.spec import Spec
-from automerge.stages.documents import RECIPE
+from automerge.stages.documents import RECIPE, TRIALS
 from automerge.stages.evaluate import evaluate
 from automerge.stages.fetch import fetch
+from automerge.stages.loading import prepare_compute
 from automerge.stages.merge import merge
 from automerge.stages.register import register
 from automerge.stages.search import search
@@ -44,11 +46,15 @@ def run(
         progress: called after each trial of the search.
 
     Raises:
-        AutoMergeError: what any of the stages raises.
+        AutoMergeError: what any of the stages raises; before anything is fetched, a run was begun in ``folder`` and
+            ``resume`` is off, or the device is not there.
     """
     inputs, blocks, found, model, measured = (
         folder / stage for stage in ("fetch", "segment", "search", "merge", "evaluate")
     )
+    if (found / TRIALS).exists() and not resume:
+        raise SearchError(f"{folder}: a run was begun here", "pass --resume to go on, or another folder")
+    prepare_compute(spec)
     fetch(spec, inputs)
     segment(spec, inputs, blocks)
     result = search(spec, inputs, blocks, found, resume=resume, progress=progress)

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from automerge.documents import digest_of
-from automerge.errors import SearchError
+from automerge.errors import MissingExtraError, SearchError
 from automerge.merging.resident import ResidentMerger
+from automerge.merging.technique import usable_techniques
 from automerge.searching.evaluator import RecipeEvaluator, mean_losses
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.searching.search import search as run_search
-from automerge.searching.space import SearchSpace, usable_techniques
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
 from automerge.stages.documents import RECIPE, SEGMENTATION, TRIALS
@@ -46,6 +46,10 @@ def search(
         AutoMergeError: the inputs do not fit each other, or the search cannot start, go on or be resumed.
     """
     with observe_stage("search", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
+        try:
+            from automerge.searching.space import SearchSpace
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(f"the search ({error.name})", "search") from None
         device = prepare_compute(spec)
         opened = Inputs.open(spec, inputs)
         blocks_document = Segmentation.read(segmentation / SEGMENTATION)

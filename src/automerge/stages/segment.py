@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from automerge.errors import ModelError
 from automerge.segmenting.segment import segment as segment_module
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
@@ -33,10 +34,15 @@ def segment(spec: Spec, inputs: Path, folder: Path) -> Segmentation:
         reference = spec.sources[0].name
         with torch.device("meta"):
             module = opened.architecture.build(reference, opened.arguments(reference))
-        inputs_of_one = opened.architecture.example(module) or _one_sample(opened)
+        declared = opened.architecture.example(module)
+        inputs_of_one = declared or _one_sample(opened)
         # A lone input called `inputs` is positional, as in Architecture.call.
         args, kwargs = ((inputs_of_one["inputs"],), {}) if list(inputs_of_one) == ["inputs"] else ((), inputs_of_one)
-        segmentation = segment_module(module, args, kwargs, granularity=spec.segmentation.granularity)
+        try:
+            segmentation = segment_module(module, args, kwargs, granularity=spec.segmentation.granularity)
+        except ModelError as error:
+            origin = "model.example" if declared else f"the first sample of tasks.{spec.tasks[0].name}.validation"
+            raise ModelError(f"{error.problem} (example inputs: {origin})", error.remedy) from error
         segmentation.write(folder / SEGMENTATION)
         metrics.set("automerge_segment_blocks", len(segmentation.blocks))
         metrics.set("automerge_segment_parameters", sum(block.parameter_count for block in segmentation.blocks))

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 from urllib.parse import quote
 
+from automerge.spec import SECRET_NAME
+
 Style = Literal["human", "json"]
 
-_SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_KEY", re.IGNORECASE)
 _SHORTEST_SECRET = 6  # a shorter value is no secret worth the name, and striking it out would maim ordinary words
 _USER_INFO = re.compile(r"(?<=://)[^/\s@?#]+@")
 _SIGNED_QUERY = re.compile(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+")
@@ -144,7 +145,7 @@ def _secrets() -> list[str]:
     values = {
         value
         for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
+        if SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
     }
     escaped = {form for value in values for form in (quote(value, safe=""), repr(value)[1:-1], json.dumps(value)[1:-1])}
     return sorted(values | escaped, key=lambda value: (-len(value), value))
