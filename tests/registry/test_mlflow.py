@@ -64,6 +64,15 @@ def test_what_is_written(registry: MlflowRegistry, entry: RegistryEntry) -> None
     assert made.url == registry.uri
 
 
+def test_a_pod_never_registers_into_a_database_that_dies_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(RegistryError, match=r"lost with the pod.*MLFLOW_TRACKING_URI"):
+        MlflowRegistry(RegistrySpec())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert MlflowRegistry(RegistrySpec()).uri == "http://tracking:5000"
+
+
 @pytest.mark.parametrize(
     "call", ["create_registered_model", "create_run", "log_batch", "log_artifact", "create_model_version"]
 )

@@ -76,10 +76,8 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
         self._conditionals = [self._conditional(condition) for condition in configspace.conditions]
 
     def _conditional(self, condition: Condition) -> _Conditional:
-        parent = condition.parent
-        if not isinstance(condition, EqualsCondition | InCondition) or not isinstance(
-            parent, CategoricalHyperparameter
-        ):
+        parent = condition.parent if isinstance(condition, EqualsCondition | InCondition) else None
+        if not isinstance(parent, CategoricalHyperparameter):
             raise SearchError(f"the space's condition {condition} is of no kind that can be searched", "report it")
         values = [condition.value] if isinstance(condition, EqualsCondition) else list(condition.values)
         choices = np.array([choice in values for choice in parent.choices])
@@ -87,8 +85,7 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 
     def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[tuple[float, Configuration]]:
         """The best points found, best first, with their acquisition values."""
-        seen = np.array([config.get_array() for config in previous_configs])
-        points = np.concatenate([self._random(RANDOM_POINTS), seen])
+        points = np.stack([*self._random(RANDOM_POINTS), *(config.get_array() for config in previous_configs)])
         values = self._acquisition(points)
         points, values = _best(points, values, max(RETURNED, STARTS))
         for _ in range(GENERATIONS):

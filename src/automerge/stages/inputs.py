@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from automerge.checkpoint.open import Checkpoint, open_checkpoint
-from automerge.errors import ModelError, SpecError
+from automerge.errors import SpecError
 from automerge.merging.recipe import BASE
 from automerge.merging.technique import usable_techniques
 from automerge.models.architecture import Architecture, load_architecture
+from automerge.plugins import load_plugin
 from automerge.spec import Spec, TaskSpec
 from automerge.stages.documents import MANIFEST, Manifest
 from automerge.tasks.task import Task, TaskData, load_task
@@ -92,8 +92,6 @@ def check_plugins(spec: Spec) -> list[str]:
     Raises:
         PluginError, TaskError, SearchError: one does not, or no technique fits.
     """
-    from automerge.plugins import load_plugin
-
     load_plugin("models", spec.model.kind, where="model.kind")
     load_plugin("registries", spec.registry.kind, where="registry.kind")
     for task in spec.tasks:
@@ -102,25 +100,8 @@ def check_plugins(spec: Spec) -> list[str]:
     return notices
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that the spec's ``compute.device`` means.
-
-    Raises:
-        ModelError: a CUDA device is asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(
-            f"compute.device: {name!r} was asked for and no CUDA device is available", "use 'auto' or 'cpu'"
-        )
-    return torch.device(name)
-
-
 def private_names(patterns: Sequence[str], checkpoints: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
     """The private tensors of each checkpoint: those whose names match a pattern of the spec."""
-    from fnmatch import fnmatchcase
-
     return {
         owner: [name for name in checkpoint.tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
         for owner, checkpoint in checkpoints.items()

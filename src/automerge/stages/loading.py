@@ -8,6 +8,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
+from automerge.errors import ModelError
 from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock
 from automerge.models.heads import Heads
 from automerge.searching.evaluator import MeasuredTask
@@ -124,9 +125,17 @@ def prepare_compute(spec: Spec) -> torch.device:
     Raises:
         ModelError: the device is not there.
     """
-    from automerge.stages.inputs import pick_device
-
     if spec.compute.threads is not None:
         torch.set_num_threads(spec.compute.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return pick_device(spec.compute.device)
+    return _device(spec.compute.device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            f"compute.device: {name!r} was asked for and no CUDA device is available", "use 'auto' or 'cpu'"
+        )
+    return torch.device(name)
