@@ -1,11 +1,15 @@
 """What tests of several packages share."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from automerge.testing.s3_server import S3Server, running_s3
+
+if TYPE_CHECKING:
+    from tests.e2e.tiny import TinyPair
 
 # The machine that runs the tests may be busy: time per example says nothing about the code.
 settings.register_profile("automerge", deadline=None)
@@ -31,3 +35,11 @@ def s3_env(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> "TinyPair":
+    """Checkpoints and data of two specialists and their base, as files; read only."""
+    from tests.e2e.tiny import prepare
+
+    return prepare(tmp_path_factory.mktemp("pair"))

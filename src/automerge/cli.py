@@ -51,8 +51,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
-        remedy = f"; see `{context.command_path} --help`" if context is not None else ""
-        click.echo(f"error: {_lower_first(error.format_message()).rstrip('.')}{remedy}", err=True)
+        problem = _lower_first(error.format_message()).rstrip(".")
+        remedy = f"; see `{context.command_path} --help`" if context is not None and not problem.endswith("?") else ""
+        click.echo(f"error: {problem}{remedy}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not try to flush the rest at its end.

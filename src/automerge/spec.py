@@ -119,6 +119,12 @@ class SegmentationSpec(SpecModel):
     )
 
 
+DEFAULT_EPSILON = 0.3
+"""Nats. At a loss of 0.3 the right answer still has a probability of 0.74: what lies below is confidence, not capability.
+
+Compared with 0.001, 0.03 and 0.1 on six seeds of the digits pair that no study reports, it kept most and most evenly."""
+
+
 class EarlyStopSpec(SpecModel):
     """Ends a search whose best objective has stopped rising."""
 
@@ -157,8 +163,8 @@ class SearchSpec(SpecModel):
     epsilon: float | None = Field(
         default=None,
         ge=0,
-        description="Added to both losses of a ratio, so that a specialist with almost no loss stays defined; "
-        "by default 0 in preset 'paper', 0.001 otherwise.",
+        description="Nats added to both losses of a ratio, so that confidence which the merge loses beyond that is not "
+        "taken for lost capability; by default 0 in preset 'paper', 0.3 otherwise.",
     )
     warm_start: bool | None = Field(
         default=None,
@@ -184,7 +190,7 @@ class SearchSpec(SpecModel):
     @property
     def effective_epsilon(self) -> float:
         """``epsilon``, or the preset's."""
-        return self.epsilon if self.epsilon is not None else (0.0 if self.preset == "paper" else 1e-3)
+        return self.epsilon if self.epsilon is not None else (0.0 if self.preset == "paper" else DEFAULT_EPSILON)
 
     @property
     def effective_warm_start(self) -> bool:
@@ -464,7 +470,9 @@ def _sentence(where: str, problem: Any) -> str:
         return f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {', '.join(_keys_at(location))}"
     if kind in ("too_short", "too_long"):
         bound, limit = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
-        return f"{prefix}expected {bound} {problem['ctx'][limit]} entries, got {problem['ctx']['actual_length']}"
+        count = problem["ctx"][limit]
+        entries = "entry" if count == 1 else "entries"
+        return f"{prefix}expected {bound} {count} {entries}, got {problem['ctx']['actual_length']}"
     return f"{prefix}{_lower_first(problem['msg'])}, got {_shown(problem['input'])}"
 
 

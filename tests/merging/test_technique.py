@@ -12,6 +12,7 @@ from automerge.merging.technique import (
     TensorInputs,
     load_technique,
     technique,
+    usable_techniques,
     validate_settings,
 )
 
@@ -135,3 +136,25 @@ def test_valid_settings_are_typed():
     )
     assert list(typed.weights) == ["a", "b"]
     assert repr(typed.hyperparameters) == "{'density': 1.0, 'lambda': 0.0, 'normalize': False}"
+
+
+BUILT_IN = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+
+
+def test_without_a_base_the_task_vector_techniques_leave_with_one_notice():
+    kept, notices = usable_techniques(BUILT_IN, sources=2, has_base=False)
+    assert list(kept) == ["linear"]
+    assert notices == ["without a base these techniques are left out: task_arithmetic, ties, dare_linear, dare_ties"]
+
+
+def test_with_a_base_all_techniques_stay_in_their_order():
+    kept, notices = usable_techniques(BUILT_IN[::-1], sources=3, has_base=True)
+    assert list(kept) == BUILT_IN[::-1]
+    assert notices == []
+
+
+def test_no_technique_left_or_an_unknown_one_is_one_sentence():
+    with pytest.raises(MergeError, match=r"none fits the inputs: without a base .* ties; "):
+        usable_techniques(["ties"], sources=2, has_base=False)
+    with pytest.raises(PluginError, match=r"search\.techniques\.1.*did you mean 'ties'"):
+        usable_techniques(["linear", "tied"], sources=2, has_base=True)

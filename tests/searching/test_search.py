@@ -73,24 +73,26 @@ def test_strict_paper_has_no_extra_initial_points(tmp_path: Path, references: di
     assert result.trials[20].origin in ("surrogate", "random")
 
 
-def test_the_same_seed_gives_the_same_search_whatever_the_hash_seed(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_search_whatever_the_hash_seed(
+    tmp_path: Path, references: dict[str, float]
+) -> None:
     """A set in the optimiser's local search made the same seed diverge between processes."""
-    logs = []
-    for hash_seed in ("0", "4242"):
-        path = tmp_path / hash_seed
-        script = (
-            "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from pathlib import Path\n"
-            "from tests.searching.synthetic import landscape, make_space\n"
-            "from automerge.searching.search import search\n"
-            "from automerge.spec import SearchSpec\n"
-            "space = make_space(SearchSpec(trials=32, initial=10, seed=7))\n"
-            "search(space, landscape, {'low': .1, 'high': .1}, store_path=Path(sys.argv[2]), identity='x')\n"
-        )
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", script, str(ROOT), str(path)], check=True, env=environment)
-        logs.append([(trial.config, trial.cost) for trial in read_trials(path)])
-    assert logs[0] == logs[1]
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from tests.searching.synthetic import landscape, make_space\n"
+        "from automerge.searching.search import search\n"
+        "from automerge.spec import SearchSpec\n"
+        "space = make_space(SearchSpec(trials=32, initial=10, seed=7))\n"
+        "search(space, landscape, {'low': .1, 'high': .1}, store_path=Path(sys.argv[2]), identity='x')\n"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "4242"}
+    there = tmp_path / "there" / "trials.jsonl"
+    subprocess.run([sys.executable, "-c", script, str(ROOT), str(there)], check=True, env=environment)
+    here = run(tmp_path / "here", SearchSpec(trials=32, initial=10, seed=7), references)
+    assert [(trial.config, trial.cost) for trial in read_trials(there)] == [
+        (trial.config, trial.cost) for trial in here.trials
+    ]
 
 
 @pytest.mark.parametrize("events", [1, 12, 41, 58])
@@ -216,6 +218,17 @@ def test_equal_recipes_are_evaluated_once(tmp_path: Path, references: dict[str, 
     spec = SearchSpec(trials=20, initial=10, techniques=["linear", "task_arithmetic"], weight_range=[0.0, 1.0])
     result = run(tmp_path, spec, references, evaluate=counting, space=make_space(spec, blocks=1))
     assert len(counted) == sum(trial.status == "ok" for trial in result.trials)
+
+
+def test_an_interrupt_before_any_trial_succeeded_is_one(tmp_path: Path, references: dict[str, float]) -> None:
+    def interrupted(blocks: Sequence[RecipeBlock]) -> Mapping[str, float]:
+        raise KeyboardInterrupt
+
+    spec = SearchSpec(trials=8, initial=6, seed=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", spec, references, evaluate=interrupted)
+    resumed = run(tmp_path / "a", spec, references, resume=True)
+    assert outcomes(resumed) == outcomes(run(tmp_path / "b", spec, references))
 
 
 def test_interrupt_keeps_everything(tmp_path: Path, references: dict[str, float]) -> None:

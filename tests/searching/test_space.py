@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automerge.checkpoint.info import TensorInfo
-from automerge.errors import PluginError, SearchError
+from automerge.errors import SearchError
 from automerge.merging.plan import plan_merge
 from automerge.merging.recipe import InputDigest, Recipe, RecipeBlock, block_key
-from automerge.merging.technique import Declaration, Hyperparameter
-from automerge.searching.space import SearchSpace, _fractions, _simplex, usable_techniques
+from automerge.merging.technique import Declaration, Hyperparameter, usable_techniques
+from automerge.searching.space import SearchSpace, _fractions, _simplex
 from automerge.spec import SearchSpec
 from tests.searching.synthetic import TECHNIQUES, make_block, make_space
 
@@ -247,31 +247,6 @@ def test_warm_starts_need_a_technique_that_leaves_a_source_as_it_is() -> None:
     assert {value for _, point in starts for key, value in point.items() if key.endswith("technique")} == {
         "task_arithmetic"
     }
-
-
-# Techniques
-
-
-def test_without_a_base_the_task_vector_techniques_leave_with_one_notice() -> None:
-    kept, notices = usable_techniques(TECHNIQUES, sources=2, has_base=False)
-    assert list(kept) == ["linear"]
-    assert notices == [
-        "without a base these techniques are left out: task_arithmetic, ties, dare_linear, dare_ties",
-    ]
-
-
-def test_with_a_base_all_techniques_stay_in_their_order() -> None:
-    names = list(reversed(TECHNIQUES))
-    kept, notices = usable_techniques(names, sources=3, has_base=True)
-    assert list(kept) == names
-    assert notices == []
-
-
-def test_no_technique_left_or_an_unknown_one_is_one_sentence() -> None:
-    with pytest.raises(SearchError, match=r"none fits the inputs: without a base .* ties; "):
-        usable_techniques(["ties"], sources=2, has_base=False)
-    with pytest.raises(PluginError, match=r"search.techniques.1.*did you mean 'ties'"):
-        usable_techniques(["linear", "tied"], sources=2, has_base=True)
 
 
 # All of it

@@ -18,7 +18,9 @@ from automerge.errors import SearchError
 from automerge.searching.store import Ask, Header, Tell, TrialStore, read_log, read_trials
 from automerge.searching.trial import Trial
 
-HEADER = Header(identity="this search", hardware="this machine", reference_losses={"low": 0.1, "high": 1 / 3}, epsilon=0.001)
+HEADER = Header(
+    identity="this search", hardware="this machine", reference_losses={"low": 0.1, "high": 1 / 3}, epsilon=0.001
+)
 
 
 def ask(number: int, **config: Any) -> Ask:
@@ -132,7 +134,8 @@ def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from automerge.searching.store import Ask, Header, TrialStore\n"
-        "store = TrialStore.create(Path(sys.argv[1]), Header(identity='x', hardware='h', reference_losses={}, epsilon=0))\n"
+        "header = Header(identity='x', hardware='y', reference_losses={}, epsilon=0)\n"
+        "store = TrialStore.create(Path(sys.argv[1]), header)\n"
         "store.append(Ask(number=0, origin='sobol', config={'w': 0.1}))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

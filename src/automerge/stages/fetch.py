@@ -36,9 +36,8 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         StorageError: an object is missing, not readable, or damaged on the way.
         CheckpointError: a checkpoint is damaged or unsafe, the checkpoints do not fit each other, or a digest in the
             spec does not fit.
-        MergeError: a checkpoint has NaN or infinite values.
-        PluginError, TaskError, SearchError: a plug-in that the spec names is unknown, a task's data are unusable, or no
-            technique fits.
+        MergeError: a checkpoint has NaN or infinite values, or no technique fits the inputs.
+        PluginError, TaskError: a plug-in that the spec names is unknown, or a task's data are unusable.
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         check_plugins(spec)

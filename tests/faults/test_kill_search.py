@@ -1,0 +1,211 @@
+"""Searches that end before their time, and are resumed: nothing that was paid for is lost, and the recipe is the same.
+
+The whole stage runs in a process of its own, by the command line, on a model of two layers.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from automerge.searching.store import Ask, Tell, read_log
+from automerge.searching.trial import Trial
+from automerge.spec import Spec
+from automerge.stages.fetch import fetch
+from automerge.stages.search import search
+from automerge.stages.segment import segment
+from tests.e2e.tiny import prepare, tiny_spec
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+TRIALS = 24
+KILLED_AT = 13
+
+# Runs the command line with the search's parts wrapped from outside. Arguments: where to die ('ask': an ask was just
+# logged; 'evaluation': one of two tasks is measured; 'tell': a tell was just logged, and the optimiser does not know;
+# 'never'), at the how manieth, the file that the number of evaluations is written to, and those of the command line.
+DRIVER = """
+import atexit, os, signal, sys
+from pathlib import Path
+from automerge.searching import evaluator
+from automerge.searching.store import TrialStore
+
+place, at, counter = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+sys.argv = ["automerge", *sys.argv[4:]]
+counts = {"ask": 0, "evaluation": 0, "tell": 0}
+state = {"tasks": 0}
+append, call, evaluate_task = TrialStore.append, evaluator.RecipeEvaluator.__call__, evaluator.evaluate_task
+
+def die_at(kind):
+    if kind == place and counts[kind] == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def appending(self, event):
+    append(self, event)
+    counts[event.event] += 1
+    die_at(event.event)
+
+def calling(self, blocks):
+    counts["evaluation"] += 1
+    state["tasks"] = 0
+    return call(self, blocks)
+
+def measuring(*arguments):
+    state["tasks"] += 1
+    if counts["evaluation"] and state["tasks"] == 2:
+        die_at("evaluation")
+    return evaluate_task(*arguments)
+
+TrialStore.append, evaluator.RecipeEvaluator.__call__, evaluator.evaluate_task = appending, calling, measuring
+atexit.register(lambda: counter.write_text(str(counts["evaluation"])))
+from automerge.cli import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run up to its segmentation, and how its search ends when nothing comes between."""
+
+    spec: Path
+    folder: Path
+    recipe: bytes
+    trials: list[Trial]
+
+    def copy(self, folder: Path) -> Path:
+        """A run of the same spec that has not searched yet."""
+        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("search"))
+        return folder
+
+    def arguments(self, run: Path, *options: str) -> list[str]:
+        return ["search", str(self.spec), "--output", str(run), *options]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    root = tmp_path_factory.mktemp("begun")
+    prepare(root / "tiny")
+    changes = {"search": {"trials": TRIALS, "initial": 6, "seed": 1}}
+    spec: Spec = tiny_spec(str(root / "tiny"), f"sqlite:///{root / 'mlflow.db'}", **changes)
+    (root / "spec.json").write_text(spec.model_dump_json())
+    run = root / "run"
+    fetch(spec, run / "fetch")
+    segment(spec, run / "fetch", run / "segment")
+    result = search(spec, run / "fetch", run / "segment", run / "search")
+    assert result.stopped == "budget"
+    return Begun(root / "spec.json", run, (run / "search" / "recipe.json").read_bytes(), result.trials)
+
+
+def drive(place: str, at: int, counter: Path, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, place, str(at), str(counter), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def resume(begun: Begun, run: Path) -> None:
+    """Resume by the command line, and hold the outcome against the search that nothing happened to."""
+    before = (run / "search" / "trials.jsonl").read_bytes()
+    _, events, sound = read_log(run / "search" / "trials.jsonl")
+    paid = sum(isinstance(event, Tell) for event in events)
+    counter = run / "evaluations"
+    resumed = drive("never", 0, counter, begun.arguments(run, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"of {TRIALS}" in resumed.stdout
+
+    after = (run / "search" / "trials.jsonl").read_bytes()
+    assert after.startswith(before[:sound]), "what was logged stays as it was"
+    _, events, length = read_log(run / "search" / "trials.jsonl")
+    assert length == len(after)
+    asked = [event.number for event in events if isinstance(event, Ask)]
+    told = [event.trial for event in events if isinstance(event, Tell)]
+    assert asked == [trial.number for trial in told] == list(range(TRIALS)), "each point is asked for and told once"
+    assert int(counter.read_text()) == sum(trial.status != "cached" for trial in told[paid:])
+
+    assert [(trial.config, trial.status, trial.cost, trial.losses) for trial in told] == [
+        (trial.config, trial.status, trial.cost, trial.losses) for trial in begun.trials
+    ]
+    assert (run / "search" / "recipe.json").read_bytes() == begun.recipe
+
+
+@pytest.mark.parametrize(
+    ("place", "last", "paid"),
+    [("ask", "ask", KILLED_AT - 1), ("evaluation", "ask", None), ("tell", "tell", KILLED_AT)],
+)
+def test_sigkill_then_resume(begun: Begun, tmp_path: Path, place: str, last: str, paid: int | None) -> None:
+    run = begun.copy(tmp_path / "run")
+    killed = drive(place, KILLED_AT, tmp_path / "counter", begun.arguments(run))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "counter").exists()
+    assert not (run / "search" / "recipe.json").exists()
+    _, events, _ = read_log(run / "search" / "trials.jsonl")
+    assert events[-1].event == last
+    finished = [event.trial for event in events if isinstance(event, Tell)]
+    if paid is None:  # the evaluation that was killed is the only one that is not in the log
+        assert sum(trial.status != "cached" for trial in finished) == KILLED_AT - 1
+    else:
+        assert len(finished) == paid
+    resume(begun, run)
+
+
+def signalled(begun: Begun, run: Path, number: signal.Signals) -> "subprocess.CompletedProcess[str]":
+    """Begin a search by the command line, and send it a signal when it has finished some trials."""
+    log = run / "search" / "trials.jsonl"
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("automerge")), *begun.arguments(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b'"event":"tell"') >= 5):
+            time.sleep(0.005)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(begun: Begun, tmp_path: Path) -> None:
+    run = begun.copy(tmp_path / "run")
+    ended = signalled(begun, run, signal.SIGINT)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == "interrupted: nothing is lost; go on with --resume"
+    _, events, _ = read_log(run / "search" / "trials.jsonl")
+    assert 5 <= sum(isinstance(event, Tell) for event in events) < TRIALS
+    recipe = json.loads((run / "search" / "recipe.json").read_bytes())
+    assert recipe["format"] == "automerge/recipe", "the best so far can be merged"
+    resume(begun, run)
+
+
+def test_sigterm_then_resume(begun: Begun, tmp_path: Path) -> None:
+    """How a scheduler ends a process that it moves elsewhere."""
+    run = begun.copy(tmp_path / "run")
+    ended = signalled(begun, run, signal.SIGTERM)
+    assert ended.returncode == -signal.SIGTERM
+    assert not (run / "search" / "recipe.json").exists()
+    resume(begun, run)
+
+
+def test_without_resume_a_begun_search_is_left_alone(begun: Begun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun.folder, run)
+    before = (run / "search" / "trials.jsonl").read_bytes()
+    refused = drive("never", 0, tmp_path / "counter", begun.arguments(run))
+    assert refused.returncode == 2
+    assert "a search was begun here; pass --resume to go on" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (tmp_path / "counter").read_text() == "0"
+    assert (run / "search" / "trials.jsonl").read_bytes() == before

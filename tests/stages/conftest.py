@@ -1,0 +1,32 @@
+"""A finished run, and a fetched one, for the tests of single stages."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from automerge.spec import Spec
+from automerge.stages.run import run
+from tests.e2e.tiny import TinyPair, tiny_spec
+
+SHORT = {"search": {"trials": 5, "initial": 2}, "evaluation": {"resamples": 100, "onnx": False}}
+
+
+@pytest.fixture
+def spec(pair: TinyPair, tmp_path: Path) -> Spec:
+    """A short job on the tiny pair, with a registry of its own."""
+    return tiny_spec(str(pair.folder), f"sqlite:///{tmp_path / 'mlflow.db'}", **SHORT)
+
+
+@pytest.fixture(scope="session")
+def finished_once(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of `spec`; read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(tiny_spec(str(pair.folder), f"sqlite:///{folder / 'mlflow.db'}", **SHORT), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run of `spec`, to be changed at will."""
+    return Path(shutil.copytree(finished_once, tmp_path / "run"))
