@@ -467,7 +467,9 @@ def _sentence(where: str, problem: Any) -> str:
     if kind == "string_pattern_mismatch":
         return f"{prefix}{_shown(problem['input'])} is not valid; use {_PATTERNS[problem['ctx']['pattern']]}"
     if kind == "model_type":
-        return f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {', '.join(_keys_at(location))}"
+        return (
+            f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {', '.join(_keys_at(location))}"
+        )
     if kind in ("too_short", "too_long"):
         bound, limit = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
         count = problem["ctx"][limit]

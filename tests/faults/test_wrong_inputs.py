@@ -26,6 +26,7 @@ SEGMENTED = [*FETCHED, "segment/segmentation.json"]
 class Project:
     """A spec of the tiny pair that a test spoils, and the folder in which the command runs."""
 
+    pair: Path
     folder: Path
     spec: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
@@ -36,7 +37,7 @@ class Project:
 
     def spoil(self, name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> str:
         """A changed copy of one of the pair's files; returns its path."""
-        source = Path(self.spec["base"]["uri"]).with_name(name)
+        source = self.pair / name
         path = self.folder / f"spoilt-{name}"
         save_file({key: tensor.contiguous() for key, tensor in change(load_file(source)).items()}, path)
         return str(path)
@@ -77,7 +78,7 @@ def project(pair: TinyPair, tmp_path: Path) -> Project:
         "evaluation": {"resamples": 100, "baselines": False, "onnx": False},
     }
     spec = tiny_spec(str(pair.folder), f"sqlite:///{tmp_path / 'mlflow.db'}", **changes)
-    return Project(tmp_path, spec.model_dump(mode="json"))
+    return Project(pair.folder, tmp_path, spec.model_dump(mode="json"))
 
 
 @pytest.fixture
@@ -133,9 +134,7 @@ def test_an_unknown_registry_is_found_before_hours_of_search(project: Project) -
 
 
 def test_a_device_that_is_not_there_is_found_before_the_download(project: Project) -> None:
-    if torch.cuda.is_available():
-        project.spec["compute"]["device"] = "cuda:99"
-        pytest.skip("this machine has a CUDA device")
+    project.environment = {"CUDA_VISIBLE_DEVICES": ""}
     project.spec["compute"]["device"] = "cuda"
     sentence = "compute.device: 'cuda' was asked for and no CUDA device is available; use 'auto' or 'cpu'"
     assert refused(project.run()) == sentence
@@ -192,6 +191,7 @@ def test_resume_without_a_run_needs_the_stages_before(project: Project) -> None:
     assert sentence == "out/fetch/manifest.json: no such file; `automerge fetch` writes it"
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder(project: Project) -> None:
     first = project.run()
     assert first.returncode == 0, first.stderr
@@ -205,10 +205,8 @@ def test_a_recipe_that_is_none(project: Project) -> None:
     assert project.run("fetch").returncode == 0
     cases = {
         "no.json": "no.json: no such file; `automerge search` writes it",
-        "spec.json": "spec.json: not of the format automerge/recipe; pass what `automerge search` wrote",
         "out/fetch/manifest.json": "out/fetch/manifest.json: not of the format automerge/recipe, its format is "
         "automerge/manifest; pass what `automerge search` wrote",
-        ".": ".: cannot be read (Is a directory); `automerge search` writes it",
     }
     for recipe, sentence in cases.items():
         assert refused(project.run("merge", "--recipe", recipe)) == sentence
@@ -228,18 +226,10 @@ def test_a_python_path_that_does_not_exist(project: Project) -> None:
     assert project.left() == FETCHED
 
 
-@pytest.mark.parametrize(
-    ("target", "sentence"),
-    [
-        ("tiny:biuld", "model.target: the module 'tiny' has no 'biuld'; did you mean 'build'?"),
-        ("tinny:build", "model.target: there is no module 'tinny' in "),
-        ("tiny.build", "model.target: 'tiny.build' is not of the form 'module:callable'; write e.g. 'cct:build'"),
-        ("tiny:CLASSES", "model.target: tiny:CLASSES is a int, not a callable; name a function or class"),
-    ],
-)
-def test_a_factory_that_is_none(project: Project, target: str, sentence: str) -> None:
-    project.spec["model"]["target"] = target
-    assert refused(project.run()).startswith(sentence)
+def test_a_factory_that_is_none(project: Project) -> None:
+    project.spec["model"]["target"] = "tiny:biuld"
+    sentence = "model.target: the module 'tiny' has no 'biuld'; did you mean 'build'?"
+    assert refused(project.run()) == sentence
     assert project.left() == FETCHED
 
 
@@ -291,11 +281,11 @@ def test_a_truncated_safetensors_file(project: Project) -> None:
     whole = Path(project.spec["sources"][0]["uri"]).read_bytes()
     torn = project.folder / "torn.safetensors"
     project.spec["sources"][0]["uri"] = str(torn)
-    for length in (0, 5, 100, len(whole) - 1):
+    for length in (5, len(whole) - 1):
         torn.write_bytes(whole[:length])
         sentence = refused(project.run("fetch"))
         assert "torn.safetensors" in sentence
-        assert "; get the checkpoint again from where it came" in sentence
+        assert sentence.endswith("; get the file again from where it came")
         assert project.downloaded() == []
 
 
@@ -353,8 +343,7 @@ def test_nan_in_a_source(project: Project) -> None:
 def test_a_folder_without_weights(project: Project) -> None:
     (project.folder / "empty").mkdir()
     project.spec["sources"][0]["uri"] = "empty"
-    sentence = refused(project.run())
-    assert sentence.startswith("checkpoint 'left': no weights in this folder") or "empty" in sentence
+    assert refused(project.run()).startswith("checkpoint 'left': no weights in this folder; pass a folder with ")
     assert project.downloaded() == []
 
 
@@ -437,6 +426,7 @@ def test_labels_outside_the_classes(project: Project) -> None:
     assert project.left() == SEGMENTED
 
 
+@pytest.mark.slow
 def test_bad_test_data_cost_no_second_search(project: Project) -> None:
     good = project.spec["tasks"][0]["test"]
     project.spec["tasks"][0]["test"] = project.spoil(

@@ -129,7 +129,9 @@ def test_another_architecture_is_refused_by_the_headers_alone(spec: Spec, tmp_pa
     state = load_file(spec.sources[1].uri)
     save_file({**state, "head.weight": state["head.weight"][:, :5].clone()}, tmp_path / "narrow.safetensors")
     narrow = with_source(spec, 1, uri=str(tmp_path / "narrow.safetensors"))
-    with pytest.raises(CheckpointError, match=r"'right' does not fit 'left': 1 tensor: head\.weight has shape \[4, 5\]"):
+    with pytest.raises(
+        CheckpointError, match=r"'right' does not fit 'left': 1 tensor: head\.weight has shape \[4, 5\]"
+    ):
         fetch(narrow, tmp_path / "fetch")
     assert fetched_files(tmp_path / "fetch") == []
     # What is declared as private may differ.

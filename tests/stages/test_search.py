@@ -1,5 +1,6 @@
 """search: interrupted and resumed it ends as if nothing had happened."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def changed(spec: Spec, **changes: object) -> Spec:
     return Spec.model_validate({**spec.model_dump(), **changes})
 
 
-def interrupt_after(count: int) -> "object":
+def interrupt_after(count: int) -> Callable[[SearchProgress], None]:
     def progress(event: SearchProgress) -> None:
         if event.done == count and not event.replayed:
             raise KeyboardInterrupt
@@ -25,7 +26,7 @@ def interrupt_after(count: int) -> "object":
 
 def test_interrupted_and_resumed_it_ends_with_the_same_recipe(spec: Spec, finished: Path, tmp_path: Path) -> None:
     inputs, blocks = finished / "fetch", finished / "segment"
-    stopped = search(spec, inputs, blocks, tmp_path / "search", progress=interrupt_after(3))  # type: ignore[arg-type]
+    stopped = search(spec, inputs, blocks, tmp_path / "search", progress=interrupt_after(3))
     assert stopped.stopped == "interrupted"
     log = (tmp_path / "search" / "trials.jsonl").read_bytes()
 
