@@ -63,7 +63,8 @@ def test_each_refusal_is_a_sentence(tmp_path: Path) -> None:
         f"not of the format automerge/recipe, its format is automerge/manifest; {pass_it}"
     )
     assert refusal(path, b'{"format": "automerge/recipe", "version": 2}') == (
-        "automerge/recipe version 2 is not readable by this release, which reads version 1; use the release that wrote it"
+        "automerge/recipe version 2 is not readable by this release, which reads version 1; "
+        "use the release that wrote it"
     )
     head = b'{"format": "automerge/recipe", "version": 1, '
     assert refusal(path, head + b'"wieght": 1}') == f"wieght: unknown key; {again}"

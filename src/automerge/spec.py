@@ -120,9 +120,9 @@ class SegmentationSpec(SpecModel):
 
 
 DEFAULT_EPSILON = 0.3
-"""Nats. At a loss of 0.3 the right answer still has a probability of 0.74: what lies below is confidence, not capability.
+"""Nats. At a loss of 0.3 the right answer still has a probability of 0.74: below lies confidence, not capability.
 
-Compared with 0.001, 0.03 and 0.1 on six seeds of the digits pair that no study reports, it kept most and most evenly."""
+Compared with 0.001, 0.03 and 0.1 on six seeds of the digits pair that no study reports, it kept most, most evenly."""
 
 
 class EarlyStopSpec(SpecModel):
@@ -287,6 +287,11 @@ class Spec(SpecModel):
                 raise ValueError(
                     f"sources: {reserved!r} means another model in every table; call the source something else"
                 )
+        if len(names) > 2 and self.search.weights == "simplex" and self.search.weight_range != [0.0, 1.0]:
+            raise ValueError(
+                "search.weight_range: with simplex weights a range is for two sources; leave it out, or set "
+                "'weights: independent'"
+            )
         for index, task in enumerate(self.tasks):
             if task.specialist is not None and task.specialist not in names:
                 remedy = nearest(task.specialist, names)

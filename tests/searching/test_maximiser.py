@@ -30,7 +30,7 @@ from smac.acquisition.function.abstract_acquisition_function import AbstractAcqu
 from smac.model.random_forest import RandomForest
 
 from automerge.errors import SearchError
-from automerge.searching.maximiser import RETURNED, VectorisedMaximiser, _best
+from automerge.searching.maximiser import POOL, VectorisedMaximiser, _best
 from automerge.searching.optimiser import MAX_LEAVES, TREES
 from automerge.searching.trial import harmonic_mean
 from automerge.spec import SearchSpec
@@ -89,7 +89,7 @@ def test_every_point_is_legal_best_first_and_unique(seed: int) -> None:
     previous = space.sample_configuration(5)
     found = search._maximize(previous, 5000)
     values = [value for value, _ in found]
-    assert 1 < len(found) <= RETURNED
+    assert 1 < len(found) <= POOL
     assert values == sorted(values, reverse=True)
     assert len({config.get_array().tobytes() for _, config in found}) == len(found)
     for value, config in found:
@@ -154,7 +154,7 @@ def test_undefined_values_lose() -> None:
 
 def test_a_flat_function_still_gives_points() -> None:
     found = maximiser(mixed_space(), lambda points: np.zeros(len(points)))[0]._maximize([], 1)
-    assert len(found) == RETURNED
+    assert len(found) == POOL
 
 
 def test_of_equal_points_the_earliest_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""evaluate: what the merged model kept, beside its sources, the base and the single techniques; for every form of merge."""
+"""evaluate: what the merged model kept, beside sources, base and single techniques; for every form of merge."""
 
 import logging
 from pathlib import Path

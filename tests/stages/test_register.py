@@ -29,7 +29,7 @@ def test_a_model_that_the_gate_refused_is_not_registered(spec: Spec, finished: P
     measured = Evaluation.read(finished / "evaluate" / "evaluation.json")
     verdict = GateVerdict(verdict="fail", reasons=["task 'left': too low", "the preservation discrepancy is too large"])
     measured.model_copy(update={"gate": verdict}).write(finished / "evaluate" / "evaluation.json")
-    with pytest.raises(RegistryError, match="^the quality gate refused this model: task 'left': too low; the pres"):
+    with pytest.raises(RegistryError, match=r"^the quality gate refused this model: task 'left': too low; the pres"):
         register(spec, *[finished / stage for stage in STAGES[:-1]], tmp_path / "register")
     assert not (tmp_path / "register" / "registration.json").exists()
     assert not (tmp_path / "mlflow.db").exists()

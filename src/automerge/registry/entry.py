@@ -17,6 +17,7 @@ def build_entry(
     evaluation: Evaluation,
     *,
     weights: Path,
+    files: Sequence[str] = (),
     onnx: Sequence[Path] = (),
     documents: Sequence[Path] = (),
 ) -> RegistryEntry:
@@ -44,6 +45,7 @@ def build_entry(
         model=spec.registered_model,
         recipe_digest=recipe.digest(),
         weights=weights,
+        files=files,
         onnx=onnx,
         documents=documents,
         tags=tags,

@@ -205,7 +205,7 @@ class MlflowRegistry:
             # All tags come with the run: one without its recipe could never be found again.
             run_id = str(self._client.create_run(experiment, tags=tags, run_name=name).info.run_id)
         self._log_numbers(run_id, entry, tags if left else {})
-        self._upload_weights(run_id, entry.weights, is_new=not left)
+        self._upload_weights(run_id, entry, is_new=not left)
         for folder, files in (("onnx", entry.onnx), ("documents", entry.documents)):
             for file in files:
                 self._client.log_artifact(run_id, str(file), f"{_ARTIFACTS}/{folder}")
@@ -225,14 +225,16 @@ class MlflowRegistry:
         for batch in _batches([entities.RunTag(key, value) for key, value in tags.items()]):
             self._client.log_batch(run_id, tags=batch)
 
-    def _upload_weights(self, run_id: str, weights: Path, *, is_new: bool) -> None:
+    def _upload_weights(self, run_id: str, entry: RegistryEntry, *, is_new: bool) -> None:
         """Upload what is not there yet: equal recipes make equal weights, so name and size tell."""
-        for folder in sorted({path.parent for path in weights.rglob("*") if path.is_file()}):
-            target = "/".join((_ARTIFACTS, "weights", *folder.relative_to(weights).parts))
+        files = [entry.weights / name for name in entry.files]
+        files = files or [path for path in entry.weights.rglob("*") if path.is_file()]
+        for folder in sorted({path.parent for path in files}):
+            target = "/".join((_ARTIFACTS, "weights", *folder.relative_to(entry.weights).parts))
             there = (
                 {} if is_new else {item.path: item.file_size for item in self._client.list_artifacts(run_id, target)}
             )
-            for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            for file in sorted(path for path in files if path.parent == folder):
                 if there.get(f"{target}/{file.name}") != file.stat().st_size:
                     self._client.log_artifact(run_id, str(file), target)
 
@@ -349,7 +351,7 @@ def _remedy(error: BaseException) -> str:
 
 
 def _check_files(entry: RegistryEntry) -> None:
-    for path in (entry.weights, *entry.onnx, *entry.documents):
+    for path in (entry.weights, *(entry.weights / name for name in entry.files), *entry.onnx, *entry.documents):
         if not path.exists():
             raise RegistryError(f"{path}: no such file to register", "run the stage that writes it")
 

@@ -25,6 +25,7 @@ class RegistryEntry:
         model: the registered model's name.
         recipe_digest: the key: one version for each digest.
         weights: folder with the merged weights.
+        files: which files of that folder belong to the model, by relative name; none named: all.
         onnx: ONNX files; none if the model could not be exported.
         documents: spec, manifest, segmentation, trials, recipe, evaluation, report.
         tags: short facts to find and judge a version by, without the registry's prefix.
@@ -36,6 +37,7 @@ class RegistryEntry:
     model: str
     recipe_digest: str
     weights: Path
+    files: Sequence[str] = ()
     onnx: Sequence[Path] = ()
     documents: Sequence[Path] = ()
     tags: Mapping[str, str] = field(default_factory=dict)

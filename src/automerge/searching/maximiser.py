@@ -37,8 +37,8 @@ STEPS = (0.2, 0.05, 0.01)
 NEIGHBOURS = 2
 """Neighbours of a float for each of the steps."""
 
-RETURNED = 32
-"""Points handed to SMAC, best first; it takes the first one it has not seen."""
+POOL = 64
+"""Points kept from one generation to the next; those of them that are new are handed to SMAC, which takes the first."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,28 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
         return _Conditional(self._index[condition.child.name], self._index[parent.name], choices)
 
     def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[tuple[float, Configuration]]:
-        """The best points found, best first, with their acquisition values."""
-        points = np.stack([*self._random(RANDOM_POINTS), *(config.get_array() for config in previous_configs)])
+        """The best points found that are not among the previous ones, best first, with their acquisition values."""
+        seen = [config.get_array() for config in previous_configs]
+        points = np.stack([*self._random(RANDOM_POINTS), *seen])
         values = self._acquisition(points)
-        points, values = _best(points, values, max(RETURNED, STARTS))
+        points, values = _best(points, values, POOL)
         for _ in range(GENERATIONS):
             candidates = self._neighbours(points[:STARTS])
             before = values[:STARTS].copy()
             points, values = _best(
                 np.concatenate([points, candidates]),
                 np.concatenate([values, self._acquisition(candidates)]),
-                max(RETURNED, STARTS),
+                POOL,
             )
             if np.array_equal(values[:STARTS], before):
                 break
+        # A point that SMAC has to pass over would cost another chance of a random proposal. Where none is new, the space
+        # is a small one that is exhausted, which SMAC finds out from the old ones.
+        known = {_key(point) for point in seen}
+        new = np.array([_key(point) not in known for point in points])
+        kept = new if new.any() else ~new
         found = []
-        for point, value in zip(points, values, strict=True):
+        for point, value in zip(points[kept], values[kept], strict=True):
             config = Configuration(self._configspace, vector=point)
             config.origin = "Acquisition Function Maximizer: Vectorised Search"
             found.append((float(value), config))
@@ -160,3 +166,7 @@ def _best(points: Array, values: Array, count: int) -> tuple[Array, Array]:
     _, first = np.unique(np.nan_to_num(points[order], nan=-1.0), axis=0, return_index=True)
     kept = order[np.sort(first)][:count]
     return points[kept], values[kept]
+
+
+def _key(point: Array) -> bytes:
+    return np.nan_to_num(point, nan=-1.0).tobytes()

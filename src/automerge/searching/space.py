@@ -80,8 +80,8 @@ class SearchSpace:
         ]
         low, high = self.spec.weight_range
         plain = next((name for name in ("linear", "task_arithmetic") if name in self.techniques), None)
-        if plain is None:
-            return []
+        if plain is None:  # no technique gives a source unmerged
+            wanted, plain = wanted[:1], next(iter(self.techniques))
         return [
             (origin, self._point(plain, weights))
             for origin, weights in wanted
@@ -105,8 +105,15 @@ class SearchSpace:
             config.update(zip(self._weight_keys(block), values, strict=True))
             for name, users in self._searched().items():
                 if technique in users:
-                    config[f"{block.name}/{name}"] = users[technique].default
+                    config[f"{block.name}/{name}"] = self._within(users[technique])
         return config
+
+    def _within(self, hyperparameter: Hyperparameter) -> Any:
+        """The default, or what of the spec's range is nearest to it."""
+        if hyperparameter.name != "density":
+            return hyperparameter.default
+        low, high = self.spec.density_range
+        return min(max(float(hyperparameter.default), low), high)
 
     def _recipe_block(self, block: Block, config: Mapping[str, Any]) -> RecipeBlock:
         technique = config.get(f"{block.name}/technique", next(iter(self.techniques)))

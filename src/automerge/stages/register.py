@@ -12,11 +12,13 @@ from automerge.spec import Spec
 from automerge.stages.documents import (
     EVALUATION,
     MANIFEST,
+    MERGED,
     RECIPE,
     REGISTRATION,
     REPORT,
     SEGMENTATION,
     TRIALS,
+    Merged,
     Registration,
 )
 from automerge.telemetry.metrics import observe_stage
@@ -51,6 +53,7 @@ def register(
             recipe,
             measured,
             weights=model,
+            files=[*(record.path for record in Merged.read(model / MERGED).files), MERGED],
             onnx=[evaluation / name for name in sorted(set(measured.onnx.files.values()))],
             documents=[
                 spec_file,
