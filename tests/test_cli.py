@@ -212,7 +212,7 @@ def test_the_stages_one_by_one(automerge: Automerge, spec: Path, tmp_path: Path)
     assert names == ["base", "left", "right", "left/validation", "left/test", "right/validation", "right/test"]
 
     segmented = automerge("segment", "spec.json")
-    assert "2 blocks by transition" in segmented.out
+    assert "2 blocks, granularity transition" in segmented.out
     for heading in ("block", "kind", "begins", "in", "out", "parameters", "share"):
         assert heading in segmented.out
     # 6 x 9 weights and 6 biases; 96 x 4 weights and 4 biases; of 448.
@@ -248,7 +248,7 @@ def test_the_stages_one_by_one(automerge: Automerge, spec: Path, tmp_path: Path)
 
 def test_segment_by_another_granularity(automerge: Automerge, spec: Path) -> None:
     assert automerge("fetch", "spec.json", "-o", "out").code == 0
-    assert "1 blocks by whole" in automerge("segment", "spec.json", "-o", "out", "--granularity", "whole").out
+    assert "1 block, granularity whole" in automerge("segment", "spec.json", "-o", "out", "--granularity", "whole").out
     refused = automerge("segment", "spec.json", "-o", "out", "--granularity", "blocks")
     assert refused.code == 2
     assert refused.err.startswith("error: invalid value for '--granularity': 'blocks' is not one of 'transition', ")

@@ -38,7 +38,7 @@ def test_on_the_meta_device():
         ("architectures.small", "'architectures.small' is not of the form 'module:callable'"),
         ("architecturez:small", "there is no module 'architecturez'"),
         ("architectures:smal", "has no 'smal'; did you mean 'small'"),
-        ("architectures:constant", "is a int, not a callable"),
+        ("architectures:constant", "is no callable but of type int"),
         ("architectures:not_a_module", "returned str, not a torch.nn.Module"),
         ("architectures:fails", "raised ValueError: no such width; mend"),
     ],

@@ -244,9 +244,7 @@ def test_warm_starts_outside_the_range_are_left_out() -> None:
 def test_a_default_outside_the_range_is_moved_into_it() -> None:
     space = make_space(SearchSpec(techniques=["ties"], density_range=[0.8, 0.9]))
     assert {value for key, value in space.average().items() if key.endswith("density")} == {0.8}
-    space.configuration_space(0).check_valid_configuration(
-        Configuration(space.configuration_space(0), values=space.average())
-    )
+    Configuration(space.configuration_space(0), values=space.average()).check_valid_configuration()
 
 
 def test_unmerged_sources_need_a_technique_that_leaves_a_source_as_it_is() -> None:

@@ -26,6 +26,16 @@ class Architecture(ABC):
         self.spec = spec
         self.folders = dict(folders)
 
+    def check(self) -> None:
+        """Refuse what can be refused before any checkpoint is here, such as a target that does not exist.
+
+        By default nothing.
+
+        Raises:
+            ModelError: the sentence names the key of the spec.
+        """
+        return
+
     @abstractmethod
     def build(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
         """A module in evaluation mode, without the checkpoint's weights (``models.state.load_state`` brings them).

@@ -18,6 +18,10 @@ from automerge.plugins import nearest
 class FactoryArchitecture(Architecture):
     """Builds the module by calling ``model.target`` with ``model.arguments``."""
 
+    def check(self) -> None:
+        """Import the factory, without calling it; see ``Architecture.check``."""
+        self._factory()
+
     def build(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
         """Call the factory; see ``Architecture.build``. The module keeps the weights that the factory gave it."""
         factory = self._factory()
@@ -53,7 +57,7 @@ class FactoryArchitecture(Architecture):
             value = getattr(value, part)
         if not callable(value):
             raise ModelError(
-                f"model.target: {target} is a {type(value).__name__}, not a callable", "name a function or class"
+                f"model.target: {target} is no callable but of type {type(value).__name__}", "name a function or class"
             )
         return value  # type: ignore[no-any-return]
 

@@ -45,6 +45,10 @@ class TransformersArchitecture(Architecture):
     ``arguments`` are entries of the configuration (``num_labels``), and ``attn_implementation``.
     """
 
+    def check(self) -> None:
+        """Find the class; see ``Architecture.check``."""
+        self._class()
+
     def build(self, reference: str, arguments: Mapping[str, Any]) -> nn.Module:
         """See ``Architecture.build``. Parameters are allocated but not initialised; buffers are computed."""
         kind = self._class()

@@ -17,7 +17,9 @@ NARROW = 80
 
 def print_segmentation(segmentation: Segmentation) -> None:
     """Print the blocks: kind, the transition that began each, shapes, parameter count and share."""
-    table = Table(title=f"{len(segmentation.blocks)} blocks by {segmentation.granularity}", title_justify="left")
+    count = len(segmentation.blocks)
+    title = f"{count} block{'' if count == 1 else 's'}, granularity {segmentation.granularity}"
+    table = Table(title=title, title_justify="left")
     for heading in ("block", "kind", "begins", "in", "out"):
         table.add_column(heading, overflow="fold")
     table.add_column("parameters", justify="right")

@@ -99,8 +99,8 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
             )
             if np.array_equal(values[:STARTS], before):
                 break
-        # A point that SMAC has to pass over would cost another chance of a random proposal. Where none is new, the space
-        # is a small one that is exhausted, which SMAC finds out from the old ones.
+        # A point that SMAC has to pass over would cost another chance of a random proposal. Where none is new, the
+        # space is a small one that is exhausted, which SMAC finds out from the old ones.
         known = {_key(point) for point in seen}
         new = np.array([_key(point) not in known for point in points])
         kept = new if new.any() else ~new

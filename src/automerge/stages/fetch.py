@@ -17,6 +17,7 @@ from automerge.checkpoint.open import open_checkpoint
 from automerge.documents import digest_of
 from automerge.errors import CheckpointError, TaskError
 from automerge.merging.apply import refuse_non_finite
+from automerge.models.architecture import load_architecture
 from automerge.spec import Spec
 from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
 from automerge.stages.inputs import check_plugins
@@ -41,6 +42,7 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         check_plugins(spec)
+        load_architecture(spec.model, {}).check()
         wanted = _wanted(spec)
         listings = {item.name: list_objects(item.uri) for item in wanted}
         _check_headers(spec, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
