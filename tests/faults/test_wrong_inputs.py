@@ -223,14 +223,14 @@ def test_a_python_path_that_does_not_exist(project: Project) -> None:
         f"model.python_path: {project.folder / 'nowhere'} is not a folder; name the folder that holds the "
         "factory's module"
     )
-    assert project.left() == FETCHED
+    assert project.downloaded() == []
 
 
 def test_a_factory_that_is_none(project: Project) -> None:
     project.spec["model"]["target"] = "tiny:biuld"
     sentence = "model.target: the module 'tiny' has no 'biuld'; did you mean 'build'?"
     assert refused(project.run()) == sentence
-    assert project.left() == FETCHED
+    assert project.downloaded() == []
 
 
 # --- checkpoints
