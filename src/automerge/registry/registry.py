@@ -25,25 +25,25 @@ class RegistryEntry:
         model: the registered model's name.
         recipe_digest: the key: one version for each digest.
         weights: folder with the merged weights.
-        files: which files of that folder belong to the model, by relative name; none named: all.
         onnx: ONNX files; none if the model could not be exported.
         documents: spec, manifest, segmentation, trials, recipe, evaluation, report.
         tags: short facts to find and judge a version by, without the registry's prefix.
         params: what the recipe says, by block.
         metrics: finite numbers.
         description: a few lines of Markdown for whoever opens the version.
+        files: which files of ``weights`` belong to the model, by relative name; none named: all.
     """
 
     model: str
     recipe_digest: str
     weights: Path
-    files: Sequence[str] = ()
     onnx: Sequence[Path] = ()
     documents: Sequence[Path] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     description: str = ""
+    files: Sequence[str] = ()
 
 
 class RegisteredVersion(Model):
