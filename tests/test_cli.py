@@ -332,7 +332,7 @@ def test_a_missing_extra_is_an_instruction(automerge: Automerge, spec: Path, mon
     ended = automerge("run", "spec.json", "-o", "out")
     assert (ended.code, ended.err.splitlines()[-1]) == (
         2,
-        "error: the search needs an optional dependency; run: pip install 'automerge-models[search]'",
+        "error: the search needs an optional dependency; install this package with its extra [search]: automerge-models[search]",
     )
 
 

@@ -284,3 +284,23 @@ def test_the_schema_takes_what_the_spec_takes() -> None:
         assert list(validator.iter_errors(spec)) == []
     for path, value in (("sourcs", []), ("name", DELETE), ("search.trials", "many"), ("compute.device", "gpu")):
         assert list(validator.iter_errors(with_value(path, value))) != []
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [
+        ("registry.uri", "postgresql://bob:hunter2@database/mlflow"),
+        ("base.uri", "s3://KEY:hunter2@bucket/base.safetensors"),
+        ("sources.0.uri", "https://bucket/low.safetensors?X-Amz-Signature=hunter2"),
+        ("tasks.0.test", "s3://hunter2@bucket/test.safetensors"),
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_shown(path: str, uri: str) -> None:
+    (sentence,) = sentences(with_value(path, uri))
+    assert sentence.startswith(f"{path}: this URI carries credentials, and a spec is logged and registered; ")
+    assert "hunter2" not in sentence
+
+
+def test_a_key_with_an_at_sign_is_no_credential() -> None:
+    spec = parse_spec(json.dumps(with_value("base.uri", "s3://bucket/team@home/base.safetensors")))
+    assert spec.base is not None and spec.base.uri.endswith("team@home/base.safetensors")

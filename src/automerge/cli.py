@@ -18,6 +18,7 @@ import click
 from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, SpecError
 from automerge.spec import Spec, json_schema, load_spec
+from automerge.telemetry.logs import configure_logs, redact
 
 if TYPE_CHECKING:
     from automerge.searching.search import SearchProgress
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except AutoMergeError as error:
-        for sentence in str(error).splitlines():  # a spec can have several problems
+        for sentence in redact(str(error)).splitlines():  # a spec can have several problems
             click.echo(f"error: {sentence}", err=True)
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -84,8 +85,6 @@ def main() -> None:
 )
 def cli(log_format: str, log_level: str) -> None:
     """Merge N fine-tuned models of one architecture into one multi-task model, without training."""
-    from automerge.telemetry.logs import configure_logs
-
     configure_logs("json" if log_format == "json" else "human", log_level.upper())
 
 

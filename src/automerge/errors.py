@@ -37,7 +37,10 @@ class MissingExtraError(AutoMergeError):
     """
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an optional dependency", f"run: pip install 'automerge-models[{extra}]'")
+        super().__init__(
+            f"{feature} needs an optional dependency",
+            f"install this package with its extra [{extra}]: automerge-models[{extra}]",
+        )
 
 
 class PluginError(AutoMergeError):

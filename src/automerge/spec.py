@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from automerge.documents import digest_of
 from automerge.errors import SpecError
@@ -32,6 +32,19 @@ _PATTERNS = {
 Name = Annotated[str, StringConstraints(pattern=_NAME)]
 Json = Any
 
+_CREDENTIALS = re.compile(r"://[^/\s@]+@|[?&](X-Amz-(Signature|Credential|Security-Token)|sig|token)=", re.IGNORECASE)
+
+
+def _without_credentials(uri: str) -> str:
+    if _CREDENTIALS.search(uri):
+        raise ValueError(
+            "this URI carries credentials, and a spec is logged and registered; leave them in the environment, where "
+            "storage and registries read theirs"
+        )
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_without_credentials)]
 
 class SpecModel(BaseModel):
     """A part of the spec: frozen, and an unknown key is an error."""
@@ -72,7 +85,7 @@ class ModelSpec(SpecModel):
 class BaseSpec(SpecModel):
     """The common ancestor of the sources."""
 
-    uri: str = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
+    uri: Uri = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
     sha256: str | None = Field(default=None, description="Expected digest of the weights; refused if it differs.")
 
 
@@ -80,7 +93,7 @@ class SourceSpec(SpecModel):
     """One fine-tuned checkpoint to be merged."""
 
     name: Name
-    uri: str = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
+    uri: Uri = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
     sha256: str | None = Field(default=None, description="Expected digest of the weights; refused if it differs.")
     arguments: dict[str, Json] = Field(
         default_factory=dict,
@@ -99,8 +112,8 @@ class TaskSpec(SpecModel):
     metrics: list[str] = Field(
         default_factory=list, description="Metrics by the task kind's names; empty: the kind's default metrics."
     )
-    validation: str = Field(description="Data that the search sees: s3://, file:// or a path.")
-    test: str = Field(description="Data that only the evaluation sees: s3://, file:// or a path.")
+    validation: Uri = Field(description="Data that the search sees: s3://, file:// or a path.")
+    test: Uri = Field(description="Data that only the evaluation sees: s3://, file:// or a path.")
     batch_size: int = Field(default=256, ge=1, description="Samples a forward pass.")
     arguments: dict[str, Json] = Field(default_factory=dict, description="Further arguments of the task kind.")
 
@@ -225,7 +238,7 @@ class RegistrySpec(SpecModel):
 
     kind: str = Field(default="mlflow", description="Registry kind: 'mlflow', or a plug-in's name.")
     model: Name | None = Field(default=None, description="Registered model's name; by default the spec's name.")
-    uri: str | None = Field(
+    uri: Uri | None = Field(
         default=None,
         description="mlflow: tracking server; by default MLFLOW_TRACKING_URI, else SQLite in the working folder.",
     )
@@ -310,8 +323,8 @@ class Spec(SpecModel):
         return task.specialist or "base"
 
     def digest(self) -> str:
-        """sha256 (hex) of the spec's canonical JSON."""
-        return digest_of(self.model_dump(mode="json"))
+        """sha256 (hex) of the spec's canonical JSON, without the folders of the factory's code on this machine."""
+        return digest_of(self.model_dump(mode="json", exclude={"model": {"python_path"}}))
 
 
 def load_spec(path: Path, environment: Mapping[str, str] | None = None) -> Spec:

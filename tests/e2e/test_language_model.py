@@ -93,9 +93,7 @@ def test_a_language_model_is_one_block_with_its_head_tied(result: tuple[RunResul
     assert segmentation["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def test_the_merged_folder_loads_and_gives_the_measured_accuracy(
-    project: Path, result: tuple[RunResult, Path]
-) -> None:
+def test_the_merged_folder_loads_and_gives_the_measured_accuracy(project: Path, result: tuple[RunResult, Path]) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 

@@ -158,3 +158,11 @@ def test_no_technique_left_or_an_unknown_one_is_one_sentence():
         usable_techniques(["ties"], sources=2, has_base=False)
     with pytest.raises(PluginError, match=r"search\.techniques\.1.*did you mean 'ties'"):
         usable_techniques(["linear", "tied"], sources=2, has_base=True)
+
+
+def test_independent_weights_leave_out_what_always_normalises() -> None:
+    kept, notices = usable_techniques(
+        ["linear", "ties", "task_arithmetic"], sources=2, has_base=True, unnormalised=True
+    )
+    assert list(kept) == ["ties", "task_arithmetic"]
+    assert notices == ["with independent weights these, which normalise them, are left out: linear"]

@@ -233,3 +233,13 @@ def test_without_a_log_there_is_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_nothing_but_the_log_is_left_in_the_folder(path: Path) -> None:
     assert [child.name for child in path.parent.iterdir()] == ["trials.jsonl"]
+
+
+def test_two_processes_cannot_search_in_one_folder(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    header = Header(identity="same", hardware="", reference_losses={}, epsilon=0.0)
+    first = TrialStore.create(path, header)
+    with pytest.raises(SearchError, match="another process is searching here"):
+        TrialStore.resume(path, "same")
+    first.close()
+    TrialStore.resume(path, "same").close()

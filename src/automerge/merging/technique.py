@@ -330,7 +330,7 @@ def load_technique(name: str, where: str = "") -> Technique:
 
 
 def usable_techniques(
-    names: Sequence[str], *, sources: int, has_base: bool
+    names: Sequence[str], *, sources: int, has_base: bool, unnormalised: bool = False
 ) -> tuple[dict[str, Declaration], list[str]]:
     """Declarations of those techniques of a spec that fit the inputs, and a notice for each reason to leave some out.
 
@@ -338,6 +338,7 @@ def usable_techniques(
         names: ``search.techniques``.
         sources: how many sources there are.
         has_base: whether there is a base.
+        unnormalised: whether only techniques fit that can leave the weights as they are.
 
     Raises:
         PluginError: a name is unknown.
@@ -346,12 +347,15 @@ def usable_techniques(
     kept: dict[str, Declaration] = {}
     without_base: list[str] = []
     wrong_count: list[str] = []
+    normalising: list[str] = []
     for index, name in enumerate(names):
         declaration = load_technique(name, where=f"search.techniques.{index}").declaration
         if declaration.requires_base and not has_base:
             without_base.append(name)
         elif sources < declaration.minimum_sources or sources > (declaration.maximum_sources or sources):
             wrong_count.append(name)
+        elif unnormalised and declaration.normalised and "normalize" not in declaration.defaults():
+            normalising.append(name)
         else:
             kept[name] = declaration
     notices = []
@@ -359,8 +363,10 @@ def usable_techniques(
         notices.append(f"without a base these techniques are left out: {', '.join(without_base)}")
     if wrong_count:
         notices.append(f"these techniques do not take {sources} sources and are left out: {', '.join(wrong_count)}")
+    if normalising:
+        notices.append(f"with independent weights these, which normalise them, are left out: {', '.join(normalising)}")
     if not kept:
-        raise MergeError(f"search.techniques: none fits the inputs: {'; '.join(notices)}", "add 'linear' or a base")
+        raise MergeError(f"search.techniques: none fits the inputs: {'; '.join(notices)}", "add a base, or 'linear' with simplex weights")
     return kept, notices
 
 

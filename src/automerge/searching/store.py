@@ -6,6 +6,7 @@ goes on, so a trial once paid for is never lost, and replaying the events in the
 same seed back to the same state.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -48,15 +49,34 @@ class Tell(Model):
 
 
 class TrialStore:
-    """Appends events durably; opened for one search by one process."""
+    """Appends events durably; locked, so that one process at a time can go on with a search.
 
-    def __init__(self, path: Path, header: Header, events: list[Ask | Tell], length: int) -> None:
+    Raises:
+        SearchError: another process has the log open.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
         self.path = path
-        self.header = header
-        self.events = events
         self._file = path.open("r+b")
-        self._file.truncate(length)
-        self._file.seek(length)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
+        except OSError:
+            self._file.close()
+            raise SearchError(
+                f"{path}: another process is searching here", "wait for it, end it, or start in another folder"
+            ) from None
+        try:
+            self.header, self.events, length = read_log(path)
+            if self.header.identity != identity:
+                raise SearchError(
+                    f"{path}: belongs to another search (the spec, an input or the segmentation has changed)",
+                    "start in another folder",
+                )
+            self._file.truncate(length)
+            self._file.seek(length)
+        except BaseException:
+            self._file.close()
+            raise
 
     @classmethod
     def create(cls, path: Path, header: Header) -> Self:
@@ -67,25 +87,20 @@ class TrialStore:
         """
         if path.exists():
             raise SearchError(f"{path}: a search was begun here", "pass --resume to go on, or another folder")
-        line = _encode(header)
-        write_atomically(path, line)
+        write_atomically(path, _encode(header))
         _sync_folder(path.parent)
-        return cls(path, header, [], len(line))
+        return cls(path, header.identity)
 
     @classmethod
     def resume(cls, path: Path, identity: str) -> Self:
         """Open a log to go on; a last line torn by a kill is dropped.
 
         Raises:
-            SearchError: there is no log, it is damaged, or it belongs to another search.
+            SearchError: there is no log, it is damaged, in use, or belongs to another search.
         """
-        header, events, length = read_log(path)
-        if header.identity != identity:
-            raise SearchError(
-                f"{path}: belongs to another search (the spec, an input or the segmentation has changed)",
-                "start in another folder",
-            )
-        return cls(path, header, events, length)
+        if not path.exists():
+            raise SearchError(f"{path}: no search was begun here", "run without --resume")
+        return cls(path, identity)
 
     def append(self, event: Ask | Tell) -> None:
         """Write one event; it is on disk before this returns."""

@@ -96,7 +96,12 @@ def check_plugins(spec: Spec) -> list[str]:
     load_plugin("registries", spec.registry.kind, where="registry.kind")
     for task in spec.tasks:
         load_task(task, None)
-    _, notices = usable_techniques(spec.search.techniques, sources=len(spec.sources), has_base=spec.base is not None)
+    _, notices = usable_techniques(
+        spec.search.techniques,
+        sources=len(spec.sources),
+        has_base=spec.base is not None,
+        unnormalised=spec.search.weights == "independent",
+    )
     return notices
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from automerge.errors import AutoMergeError
-from automerge.telemetry.logs import configure_logs
+from automerge.telemetry.logs import configure_logs, redact
 
 if TYPE_CHECKING:
     from automerge.searching.search import SearchProgress
@@ -43,7 +43,7 @@ def stage_process() -> Iterator[None]:
     try:
         yield
     except AutoMergeError as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+        print(f"{ERROR_PREFIX}{redact(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from automerge.documents import write_atomically
-from automerge.errors import RegistryError
+from automerge.errors import RegistryError, SpecError
 from automerge.merging.recipe import Recipe
-from automerge.preservation import Evaluation
+from automerge.preservation import Evaluation, check_gate
 from automerge.registry.entry import build_entry
 from automerge.registry.registry import RegisteredVersion, load_registry
 from automerge.spec import Spec
@@ -40,20 +40,27 @@ def register(
     """
     with observe_stage("register", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         measured = Evaluation.read(evaluation / EVALUATION)
-        if measured.gate.verdict != "pass":
+        # The spec's gate may have been raised since the evaluation.
+        gates = (measured.gate, check_gate(spec.gate, measured.merged, measured.tasks))
+        gate = next((gate for gate in gates if gate.verdict != "pass"), None)
+        if gate is not None:
             raise RegistryError(
-                f"the quality gate refused this model: {'; '.join(measured.gate.reasons)}",
+                f"the quality gate refused this model: {'; '.join(gate.reasons)}",
                 "merge better sources, search longer, or lower the gate",
             )
         recipe = Recipe.read(search / RECIPE)
+        merged = Merged.read(model / MERGED)
+        _check_belong_together(recipe.digest(), merged, measured)
         spec_file = folder / "spec.json"
-        write_atomically(spec_file, (spec.model_dump_json(indent=2) + "\n").encode())
+        # Where this machine keeps the factory's code means nothing to whoever reads the version.
+        text = spec.model_dump_json(indent=2, exclude={"model": {"python_path"}})
+        write_atomically(spec_file, (text + "\n").encode())
         entry = build_entry(
             spec,
             recipe,
             measured,
             weights=model,
-            files=[*(record.path for record in Merged.read(model / MERGED).files), MERGED],
+            files=[*(record.path for record in merged.files), MERGED],
             onnx=[evaluation / name for name in sorted(set(measured.onnx.files.values()))],
             documents=[
                 spec_file,
@@ -69,3 +76,16 @@ def register(
         Registration(recipe=recipe.digest(), registered=version).write(folder / REGISTRATION)
         metrics.set("automerge_register_created", float(version.created))
     return version
+
+
+def _check_belong_together(recipe: str, merged: Merged, measured: Evaluation) -> None:
+    """A version is filed under its recipe for ever: weights or figures of another one must never get there."""
+    for made, stage, found in (
+        ("the merged weights", "merge", merged.recipe),
+        ("the figures", "evaluate", measured.recipe),
+    ):
+        if found != recipe:
+            raise SpecError(
+                f"{made} are of recipe {found[:12]}, and the search's is now {recipe[:12]}",
+                f"run `automerge {stage}` again",
+            )

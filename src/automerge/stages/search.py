@@ -54,7 +54,10 @@ def search(
         opened = Inputs.open(spec, inputs)
         blocks_document = Segmentation.read(segmentation / SEGMENTATION)
         techniques, notices = usable_techniques(
-            spec.search.techniques, sources=len(spec.sources), has_base=spec.base is not None
+            spec.search.techniques,
+            sources=len(spec.sources),
+            has_base=spec.base is not None,
+            unnormalised=spec.search.weights == "independent",
         )
         for notice in notices:
             log.warning("%s", notice)
