@@ -246,9 +246,14 @@ def test_the_stages_one_by_one(automerge: Automerge, spec: Path, tmp_path: Path)
     ]  # fmt: skip
 
 
-def test_segment_by_another_granularity(automerge: Automerge, spec: Path) -> None:
+def test_another_granularity_is_only_printed(automerge: Automerge, spec: Path, tmp_path: Path) -> None:
     assert automerge("fetch", "spec.json", "-o", "out").code == 0
-    assert "1 block, granularity whole" in automerge("segment", "spec.json", "-o", "out", "--granularity", "whole").out
+    printed = automerge("segment", "spec.json", "-o", "out", "--granularity", "whole")
+    assert "1 block, granularity whole" in printed.out
+    assert "only printed: the spec says 'transition'" in printed.err
+    assert not (tmp_path / "out" / "segment").exists()
+    assert automerge("segment", "spec.json", "-o", "out", "--granularity", "transition").code == 0
+    assert (tmp_path / "out" / "segment" / "segmentation.json").is_file()
     refused = automerge("segment", "spec.json", "-o", "out", "--granularity", "blocks")
     assert refused.code == 2
     assert refused.err.startswith("error: invalid value for '--granularity': 'blocks' is not one of 'transition', ")
@@ -332,7 +337,8 @@ def test_a_missing_extra_is_an_instruction(automerge: Automerge, spec: Path, mon
     ended = automerge("run", "spec.json", "-o", "out")
     assert (ended.code, ended.err.splitlines()[-1]) == (
         2,
-        "error: the search needs an optional dependency; install this package with its extra [search]: automerge-models[search]",
+        "error: the search needs an optional dependency; install this package with its extra [search]: "
+        "automerge-models[search]",
     )
 
 

@@ -143,7 +143,9 @@ def fetch(spec: Path, output: Path | None) -> None:
 @_SPEC
 @_OUTPUT
 @click.option(
-    "--granularity", type=click.Choice(["transition", "layer", "tensor", "whole"]), help="Instead of the spec's."
+    "--granularity",
+    type=click.Choice(["transition", "layer", "tensor", "whole"]),
+    help="Instead of the spec's; then the blocks are only printed.",
 )
 def segment(spec: Path, output: Path | None, granularity: str | None) -> None:
     """Cut the architecture into blocks and print them."""
@@ -151,9 +153,16 @@ def segment(spec: Path, output: Path | None, granularity: str | None) -> None:
     from automerge.stages.segment import segment as stage
 
     loaded, run = _begin(spec, output)
-    if granularity is not None:
-        loaded = Spec.model_validate({**loaded.model_dump(), "segmentation": {"granularity": granularity}})
-    print_segmentation(stage(loaded, run / "fetch", run / "segment"))
+    if granularity is None or granularity == loaded.segmentation.granularity:
+        print_segmentation(stage(loaded, run / "fetch", run / "segment"))
+        return
+    other = Spec.model_validate({**loaded.model_dump(), "segmentation": {"granularity": granularity}})
+    with tempfile.TemporaryDirectory() as elsewhere:  # the later stages take what lies in the run's folder
+        print_segmentation(stage(other, run / "fetch", Path(elsewhere)))
+    click.echo(
+        f"only printed: the spec says {loaded.segmentation.granularity!r}; change it there to merge by these blocks",
+        err=True,
+    )
 
 
 @cli.command()

@@ -89,6 +89,10 @@ class OnnxResult(Model):
     files: dict[str, str] = Field(
         default_factory=dict, description="File name by the reference whose head it has; 'merged' where all share one."
     )
+    written: list[str] = Field(
+        default_factory=list,
+        description="Names of all files of the export, also of weights beside their graph; they only work together.",
+    )
     max_abs_difference: float | None = Field(
         default=None, description="Largest absolute difference to torch's outputs on validation data."
     )

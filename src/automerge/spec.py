@@ -46,6 +46,7 @@ def _without_credentials(uri: str) -> str:
 
 Uri = Annotated[str, AfterValidator(_without_credentials)]
 
+
 class SpecModel(BaseModel):
     """A part of the spec: frozen, and an unknown key is an error."""
 

@@ -59,3 +59,29 @@ def test_mixed_floats_only_on_request() -> None:
     check_compatibility(LOW, {"high": half}, "low", allow_mixed_floats=True)
     whole = {**LOW, "body.weight": TensorInfo("int8", (8, 8))}
     assert "dtype int8" in problem({"high": whole}, allow_mixed_floats=True)
+
+
+EMBEDDING = TensorInfo("float32", (32, 8))
+
+
+def test_of_a_tied_tensor_one_name_is_enough() -> None:
+    tied = {"out.weight": "embed.weight"}
+    forms = (
+        {"embed.weight": EMBEDDING},
+        {"out.weight": EMBEDDING},
+        dict.fromkeys(("embed.weight", "out.weight"), EMBEDDING),
+    )
+    for reference in forms:
+        others = {str(index): {**LOW, **form} for index, form in enumerate(forms)}
+        check_compatibility({**LOW, **reference}, others, "low", tied=tied)
+    with pytest.raises(CheckpointError, match=r"'b' does not fit 'a': 1 tensor: embed\.weight is missing"):
+        check_compatibility({**LOW, **forms[1]}, {"b": LOW}, "a", tied=tied)
+
+
+def test_before_the_ties_are_known_a_name_passes_if_its_twin_may_be_there() -> None:
+    both = {**LOW, "embed.weight": EMBEDDING, "out.weight": EMBEDDING}
+    one = {**LOW, "embed.weight": EMBEDDING}
+    check_compatibility(both, {"b": one}, "a", tied=None)
+    check_compatibility(one, {"b": both}, "a", tied=None)
+    with pytest.raises(CheckpointError, match=r"1 tensor: embed\.weight is not in 'low'"):
+        check_compatibility(LOW, {"b": one}, "low", tied=None)

@@ -41,6 +41,12 @@ def test_a_negative_weight_turns_the_vote_of_its_source():
     assert sum_of_agreeing(deltas, [1.0, -0.5], normalize=True).tolist() == [3.0]
 
 
+def test_votes_of_their_own_elect_and_the_weights_average():
+    deltas = [torch.tensor([1.0]), torch.tensor([-3.0])]
+    assert sum_of_agreeing(deltas, [0.5, 0.25], normalize=True).tolist() == [-3.0]
+    assert sum_of_agreeing(deltas, [0.5, 0.25], normalize=True, votes=[4.0, 1.0]).tolist() == [1.0]
+
+
 def test_nothing_agrees_with_zero():
     assert sum_of_agreeing([torch.zeros(2), torch.zeros(2)], [0.5, 0.5], normalize=True).tolist() == [0.0, 0.0]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from automerge.merging.sparsify import drop, l1_norm, trim
+from automerge.merging.sparsify import drop, inner_product, l1_norm, trim
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.floats(0.001, 1.0))
@@ -41,3 +41,13 @@ def test_l1_rescaling_of_a_tensor_whose_kept_elements_are_zero():
 def test_l1_norm(count):
     tensor = torch.randn(count, generator=torch.Generator().manual_seed(count))
     assert l1_norm(tensor) == pytest.approx(tensor.double().abs().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7, 11), (1025, 1031)])
+def test_inner_product(shape):
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    expected = (one.double() * other.double()).sum().item()
+    assert inner_product(one, other) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    if one.dim() == 2:
+        assert inner_product(one.t(), other.t()) == pytest.approx(expected, rel=1e-9)

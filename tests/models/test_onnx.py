@@ -1,6 +1,7 @@
 """Exports, and the check that finds a wrong one."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,29 @@ def test_the_check_finds_a_damaged_file(exported, tmp_path):
 def test_large_weights_lie_beside_the_file(exported, tmp_path, capfd):
     module, _ = exported
     path = tmp_path / "large.onnx"
-    export_onnx(ARCHITECTURE, module, _images(2), path, max_inline_bytes=100)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+    written = export_onnx(ARCHITECTURE, module, _images(2), path, max_inline_bytes=100)
+    assert written == sorted(tmp_path.iterdir()) == [path, tmp_path / "large.onnx.data"]
     assert check_onnx(path, ARCHITECTURE, module, [_images(3)]) < 1e-5
+    # The pair works wherever it is copied to; the weights are nowhere else.
+    copied = tmp_path / "elsewhere"
+    copied.mkdir()
+    for file in written:
+        shutil.copy(file, copied)
+        file.unlink()
+    assert check_onnx(copied / path.name, ARCHITECTURE, module, [_images(3)]) < 1e-5
+    (copied / "large.onnx.data").unlink()
+    with pytest.raises(ModelError, match=r"large\.onnx: the ONNX file does not do what the model does"):
+        check_onnx(copied / path.name, ARCHITECTURE, module, [_images(3)])
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("torch.onnx").isEnabledFor(logging.ERROR)
+
+
+def test_an_export_that_cannot_be_put_in_place_leaves_no_weights(exported, tmp_path):
+    module, _ = exported
+    (tmp_path / "large.onnx").mkdir()
+    with pytest.raises(ModelError, match=r"large\.onnx: the ONNX file cannot be written"):
+        export_onnx(ARCHITECTURE, module, _images(2), tmp_path / "large.onnx", max_inline_bytes=100)
+    assert [item.name for item in tmp_path.iterdir()] == ["large.onnx"]
 
 
 class _LooksAtItsData(nn.Module):

@@ -1,17 +1,25 @@
 """evaluate: what the merged model kept, beside sources, base and single techniques; for every form of merge."""
 
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 
+import onnxruntime
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from automerge.errors import SpecError
+from automerge.errors import SpecError, TaskError
+from automerge.merging.recipe import Recipe
+from automerge.models import onnx
 from automerge.preservation import Evaluation
 from automerge.spec import Spec
+from automerge.stages import evaluate as stage
 from automerge.stages.documents import Merged
 from automerge.stages.evaluate import evaluate
 from automerge.stages.fetch import fetch
+from automerge.stages.merge import merge
 from automerge.stages.run import run
 from tests.stages.variants import PAIR, TRIPLE, spec_of, write
 
@@ -63,9 +71,120 @@ def test_the_merged_model_is_exported_to_onnx(spec: Spec, finished: Path) -> Non
     evaluation = measured(changed(spec, evaluation={"resamples": 100, "baselines": False}), finished)
     assert evaluation.onnx.status == "exported"
     assert evaluation.onnx.files == {"merged": "model.onnx"}
+    assert evaluation.onnx.written == ["model.onnx"]
     assert evaluation.onnx.max_abs_difference is not None
     assert evaluation.onnx.max_abs_difference < 1e-4
     assert (finished / "again" / "model.onnx").is_file()
+
+
+def test_weights_beside_the_onnx_file_are_part_of_the_export(
+    spec: Spec, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "export_onnx", partial(onnx.export_onnx, max_inline_bytes=100))
+    job = changed(spec, evaluation={"resamples": 100, "baselines": False})
+    evaluation = measured(job, finished)
+    assert evaluation.onnx.files == {"merged": "model.onnx"}
+    assert evaluation.onnx.written == ["model.onnx", "model.onnx.data"]
+    (tmp_path / "copy").mkdir()
+    for name in evaluation.onnx.written:
+        shutil.copy(finished / "again" / name, tmp_path / "copy")
+    session = onnxruntime.InferenceSession(tmp_path / "copy" / "model.onnx")
+    assert session.run(["logits"], {"inputs": torch.zeros(3, 1, 6, 6).numpy()})[0].shape == (3, 4)
+
+    monkeypatch.setattr(onnx, "TOLERANCES", {torch.float32: -1.0})  # no export is good enough
+    failed = measured(job, finished).onnx
+    assert (failed.status, failed.files, failed.written) == ("failed", {}, [])
+    assert list((finished / "again").glob("*.onnx*")) == []
+
+
+def write_fragile(folder: Path, *, pixel: float) -> Spec:
+    """A pair of which ``left`` and the base fail on a test sample of ``right``, and DARE's rescaled sums overflow."""
+    write(folder, PAIR)
+    for name, limit, ballast in (("base", 20.0, 0.0), ("left", 20.0, 3e38), ("right", 100.0, 3e38)):
+        path = folder / f"{name}.safetensors"
+        save_file({**load_file(path), "limit": torch.full((4,), limit), "ballast": torch.full((32,), ballast)}, path)
+    path = folder / "right-test.safetensors"
+    data = load_file(path)
+    data["inputs"][3, 0, 0, 0] = pixel
+    save_file(data, path)
+    spec = spec_of(
+        folder, PAIR, search={"trials": 4, "initial": 2, "techniques": ["linear"], "weight_range": [0.4, 0.6]}
+    )
+    return changed(spec, model={**spec.model.model_dump(), "target": "variants:build_fragile"})
+
+
+def test_a_row_that_cannot_be_measured_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    evaluation = evaluated(write_fragile(tmp_path, pixel=30.0), tmp_path / "run")
+    assert [row.name for row in evaluation.models] == ["merged", "right", "linear", "task_arithmetic", "ties"]
+    not_finite = "is left out of the table: task 'right': the loss of sample 3 is not finite"
+    overflow = "is left out of the table: tensor 'ballast': "
+    found = [warning for warning in evaluation.warnings if "left out" in warning]
+    assert found[:2] == [f"'base' {not_finite}", f"'left' {not_finite}"]
+    assert [warning[: warning.index("ballast")] for warning in found[2:]] == [
+        f"technique {name!r} {overflow[: overflow.index('ballast')]}" for name in ("dare_linear", "dare_ties")
+    ]
+    # The specialist has no row, and its own task is measured against it all the same.
+    assert evaluation.merged.tasks["left"].pr is not None
+    report = (tmp_path / "run" / "evaluate" / "report.html").read_text()
+    assert report.count("is left out of the table") == len(found) == 4
+
+
+def test_a_merged_model_or_reference_that_fails_ends_the_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="task 'right': the loss of sample 3 is not finite"):
+        run(write_fragile(tmp_path / "merged", pixel=90.0), tmp_path / "merged" / "run")  # below the limit of `right`
+    with pytest.raises(TaskError, match="task 'right': the loss of sample 3 is not finite"):
+        run(write_fragile(tmp_path / "right", pixel=200.0), tmp_path / "right" / "run")
+    assert not (tmp_path / "right" / "run" / "evaluate" / "evaluation.json").exists()
+
+
+def test_single_techniques_are_those_of_the_paper_and_of_the_spec(spec: Spec, finished: Path) -> None:
+    few = changed(spec, search={**spec.search.model_dump(), "techniques": ["breadcrumbs", "ties"]})
+    rows = [row.name for row in measured(few, finished).models if row.role == "technique"]
+    assert rows == ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs"]
+
+
+def test_single_techniques_are_measured_in_the_output_dtype(tmp_path: Path) -> None:
+    write(tmp_path, PAIR, own_heads=True)
+    for name in ("base", *PAIR):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    search = {"trials": 2, "initial": 2, "techniques": ["linear"]}
+    spec = spec_of(tmp_path, PAIR, own_heads=True, merge={"dtype": "float32"}, search=search)
+    folder = tmp_path / "run"
+    run(spec, folder)
+    # The plain average as the merged model: it is the single technique `linear`.
+    path = folder / "search" / "recipe.json"
+    recipe = Recipe.read(path)
+    average = [block.model_copy(update={"weights": dict.fromkeys(PAIR, 0.5)}) for block in recipe.blocks]
+    recipe.model_copy(update={"blocks": average}).write(path)
+    merge(spec, folder / "fetch", path, folder / "merge")
+    rows = {row.name: row for row in measured(spec, folder).models}
+    assert load_file(folder / "merge" / "model.safetensors")["conv.weight"].dtype == torch.float32
+    assert rows["linear"].tasks == rows["merged"].tasks
+
+
+def test_a_source_that_was_replaced_is_not_taken_for_the_specialist(spec: Spec, finished: Path, tmp_path: Path) -> None:
+    path = Path(spec.sources[1].uri)
+    copy = tmp_path / "right.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, copy)
+    sources = [source.model_dump() for source in spec.sources]
+    sources[1]["uri"] = str(copy)
+    replaced = changed(spec, sources=sources)
+    fetch(replaced, finished / "fetch")
+    with pytest.raises(
+        SpecError, match=r"recipe\.json: the recipe is of another 'right' than the one that was fetched"
+    ):
+        measured(replaced, finished)
+
+
+def test_blocks_that_are_not_those_of_spec_and_recipe_are_refused(spec: Spec, finished: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"cut by granularity 'transition', and the spec says 'layer'; run `automerge seg"
+    ):
+        measured(changed(spec, segmentation={"granularity": "layer"}), finished)
+    with pytest.raises(SpecError, match=r"does not merge the tensors of the segmentation \('head.bias' is in only one"):
+        measured(changed(spec, private=["head.bias"]), finished)
+    assert Recipe.read(finished / "search" / "recipe.json").private == {}
 
 
 def test_shared_samples_are_warned_of(spec: Spec, finished: Path, tmp_path: Path) -> None:
@@ -173,4 +292,4 @@ def test_a_source_may_be_called_like_a_technique(tmp_path: Path) -> None:
     write(tmp_path, groups)
     spec = spec_of(tmp_path, groups, search={"trials": 3, "initial": 2, "techniques": ["linear"]})
     rows = [(row.name, row.role) for row in evaluated(spec, tmp_path / "run").models]
-    assert rows[2:] == [("linear", "source"), ("other", "source"), ("linear (technique)", "technique")]
+    assert rows[2:5] == [("linear", "source"), ("other", "source"), ("linear (technique)", "technique")]

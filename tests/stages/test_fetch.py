@@ -12,6 +12,9 @@ from automerge.errors import CheckpointError, MergeError, PluginError, StorageEr
 from automerge.spec import Spec
 from automerge.stages.documents import Manifest
 from automerge.stages.fetch import fetch
+from automerge.stages.merge import merge
+from automerge.stages.search import search
+from automerge.stages.segment import segment
 from automerge.testing.s3_server import S3Server
 from tests.e2e.tiny import TinyPair, tiny_spec
 
@@ -31,6 +34,15 @@ def fetched_files(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".prom"
     )
+
+
+def fetched_and_merged(spec: Spec, folder: Path) -> dict[str, torch.Tensor]:
+    """The merged weights of a run without its end."""
+    fetch(spec, folder / "fetch")
+    segment(spec, folder / "fetch", folder / "segment")
+    search(spec, folder / "fetch", folder / "segment", folder / "search")
+    merge(spec, folder / "fetch", folder / "search" / "recipe.json", folder / "merge")
+    return load_file(folder / "merge" / "model.safetensors")
 
 
 def metric(folder: Path, name: str) -> float:
@@ -159,3 +171,117 @@ def test_unusable_data_and_weights_are_named_by_their_place_in_the_spec(spec: Sp
     with pytest.raises(MergeError, match=r"source 'left', tensor 'head\.bias': 0 NaN and 1 infinite"):
         fetch(with_source(spec, uri=str(tmp_path / "diverged.safetensors")), tmp_path / "fetch")
     assert not (tmp_path / "fetch" / "manifest.json").exists()
+
+
+def test_objects_without_a_digest_are_downloaded_once(pair: TinyPair, s3_env: S3Server, tmp_path: Path) -> None:
+    client = s3_env.client()
+    for key in pair.keys:
+        client.put_object(Bucket=s3_env.bucket, Key=f"plain/{key}", Body=(pair.folder / key).read_bytes())
+    spec = tiny_spec(f"s3://{s3_env.bucket}/plain", "")
+    first = fetch(spec, tmp_path)
+    assert fetch(spec, tmp_path) == first
+    assert metric(tmp_path, "automerge_fetch_downloaded_bytes") == 0
+    # An interrupted fetch has no manifest yet.
+    (tmp_path / "manifest.json").unlink()
+    assert fetch(spec, tmp_path) == first
+    assert metric(tmp_path, "automerge_fetch_downloaded_bytes") == 0
+
+    changed_weights = {name: tensor + 1 for name, tensor in load_file(pair.folder / "left.safetensors").items()}
+    save_file(changed_weights, tmp_path / "new.safetensors")
+    content = (tmp_path / "new.safetensors").read_bytes()
+    assert len(content) == (pair.folder / "left.safetensors").stat().st_size
+    client.put_object(Bucket=s3_env.bucket, Key="plain/left.safetensors", Body=content)
+    assert fetch(spec, tmp_path).digests()["left"] == hashlib.sha256(content).hexdigest()
+    assert metric(tmp_path, "automerge_fetch_downloaded_bytes") == len(content)
+
+
+def test_a_base_of_another_float_dtype_fits(spec: Spec, tmp_path: Path) -> None:
+    assert spec.base is not None
+    base = {name: tensor.bfloat16() for name, tensor in load_file(spec.base.uri).items()}
+    save_file(base, tmp_path / "base.safetensors")
+    half = changed(spec, base={"uri": str(tmp_path / "base.safetensors")})
+    fetch(half, tmp_path / "fetch")
+    save_file({name: tensor.int() for name, tensor in base.items()}, tmp_path / "base.safetensors")
+    with pytest.raises(CheckpointError, match=r"'base' does not fit 'left': .* has dtype int32, expected float32"):
+        fetch(half, tmp_path / "fetch")
+
+
+def test_sources_of_two_float_dtypes_need_an_output_dtype(spec: Spec, tmp_path: Path) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in load_file(spec.sources[1].uri).items()}
+    save_file(half, tmp_path / "right.safetensors")
+    mixed = with_source(spec, 1, uri=str(tmp_path / "right.safetensors"))
+    with pytest.raises(CheckpointError, match=r"'right' does not fit 'left': .* has dtype bfloat16, expected float32"):
+        fetch(mixed, tmp_path / "fetch")
+    merged = fetched_and_merged(changed(mixed, merge={"dtype": "float32"}), tmp_path / "run")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+
+
+def test_a_tied_model_stored_with_one_name_or_both(tmp_path: Path) -> None:
+    """A base as PyTorch file with both names, a source with one, and one that stores the tensor twice."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=8,
+        tie_word_embeddings=True,
+    )
+    models = {name: LlamaForCausalLM(config) for name in ("base", "one", "twice")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(models["base"].state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    twice = {name: tensor.clone() for name, tensor in models["twice"].state_dict().items()}
+    save_file(twice, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    tokens = torch.arange(8).repeat(4, 1) + torch.arange(4)[:, None]
+    for split, shift in (("validation", 0), ("test", 4)):
+        save_file({"inputs.input_ids": tokens + shift}, tmp_path / f"{split}.safetensors")
+
+    def spec_with(**changes: object) -> Spec:
+        return Spec.model_validate(
+            {
+                "name": "tied",
+                "model": {"kind": "transformers", "target": "AutoModelForCausalLM"},
+                "base": {"uri": str(tmp_path / "base")},
+                "sources": [{"name": name, "uri": str(tmp_path / name)} for name in ("one", "twice")],
+                "tasks": [
+                    {
+                        "name": name,
+                        "kind": "language_modelling",
+                        "specialist": name,
+                        "validation": str(tmp_path / "validation.safetensors"),
+                        "test": str(tmp_path / "test.safetensors"),
+                    }
+                    for name in ("one", "twice")
+                ],
+                "search": {"trials": 2, "initial": 1, "techniques": ["task_arithmetic"]},
+                "evaluation": {"resamples": 100, "onnx": False, "baselines": False},
+                "registry": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+                "compute": {"device": "cpu", "threads": 1},
+                **changes,
+            }
+        )
+
+    merged = fetched_and_merged(spec_with(), tmp_path / "run")
+    assert "lm_head.weight" not in merged and "model.embed_tokens.weight" in merged
+
+    # What no tie explains is refused, by the headers where the form of the tensor alone says so.
+    save_file({**twice, "extra": torch.zeros(3)}, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="'twice' does not fit 'one': 1 tensor: extra is not in 'one'"):
+        fetch(spec_with(), tmp_path / "early")
+    assert fetched_files(tmp_path / "early") == []
+    save_file({**twice, "extra": torch.zeros(8)}, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="'twice' does not fit 'one': 1 tensor: extra is not in 'one'"):
+        fetch(spec_with(), tmp_path / "late")
+
+
+def test_names_that_the_factorys_model_does_not_tie_are_refused_by_the_headers(spec: Spec, tmp_path: Path) -> None:
+    state = load_file(spec.sources[1].uri)
+    save_file({**state, "twin.bias": state["head.bias"].clone()}, tmp_path / "twin.safetensors")
+    with pytest.raises(CheckpointError, match=r"'right' does not fit 'left': 1 tensor: twin\.bias is not in 'left'"):
+        fetch(with_source(spec, 1, uri=str(tmp_path / "twin.safetensors")), tmp_path / "fetch")
+    assert fetched_files(tmp_path / "fetch") == []

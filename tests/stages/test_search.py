@@ -4,12 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from automerge.errors import SearchError
+from automerge.errors import SearchError, SpecError
 from automerge.merging.recipe import Recipe
+from automerge.searching.evaluator import mean_losses
 from automerge.searching.search import SearchProgress
 from automerge.spec import Spec
+from automerge.stages.fetch import fetch
+from automerge.stages.inputs import Inputs
+from automerge.stages.loading import Loaded
+from automerge.stages.merge import merge
 from automerge.stages.search import search
+from automerge.stages.segment import segment
+from tests.stages.variants import PAIR, build, spec_of, write
 
 
 def changed(spec: Spec, **changes: object) -> Spec:
@@ -66,3 +75,47 @@ def test_nothing_to_merge_is_refused(spec: Spec, finished: Path, tmp_path: Path)
     with pytest.raises(SearchError, match="every parameter is private, so there is nothing to merge; narrow 'private'"):
         search(private, finished / "fetch", finished / "segment", tmp_path / "search")
     assert not (tmp_path / "search" / "trials.jsonl").exists()
+
+
+def test_blocks_of_another_granularity_are_refused(spec: Spec, finished: Path, tmp_path: Path) -> None:
+    whole = changed(spec, segmentation={"granularity": "whole"})
+    refusal = (
+        r"segmentation\.json: was cut by granularity 'transition', and the spec says 'whole'; run `automerge segment`"
+    )
+    with pytest.raises(SpecError, match=refusal):
+        search(whole, finished / "fetch", finished / "segment", tmp_path / "search")
+    assert not (tmp_path / "search" / "trials.jsonl").exists()
+
+
+def test_the_model_that_is_measured_is_the_one_that_is_written(tmp_path: Path) -> None:
+    """Sources in bfloat16, the merged model and its heads in float32: the losses of both are equal to the last bit."""
+    write(tmp_path, PAIR, own_heads=True)
+    for name in ("base", *PAIR):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    spec = spec_of(tmp_path, PAIR, own_heads=True, merge={"dtype": "float32"})
+    folders = {stage: tmp_path / "run" / stage for stage in ("fetch", "segment", "search", "merge")}
+    fetch(spec, folders["fetch"])
+    segment(spec, folders["fetch"], folders["segment"])
+    best = search(spec, folders["fetch"], folders["segment"], folders["search"]).best
+    merge(spec, folders["fetch"], folders["search"] / "recipe.json", folders["merge"])
+
+    shared = load_file(folders["merge"] / "model.safetensors")
+
+    def written(reference: str) -> torch.nn.Module:
+        head = load_file(folders["merge"] / "heads" / f"{reference}.safetensors")
+        module = build(len(PAIR[reference]))
+        module.load_state_dict({**shared, **head})
+        return module.eval()
+
+    inputs, device = Inputs.open(spec, folders["fetch"]), torch.device("cpu")
+    loaded = Loaded.load(inputs, device)
+    tasks = loaded.measured("validation")
+    assert best.losses == mean_losses(tasks, written, inputs.architecture, device)
+    # The specialists are measured as they are.
+    for name in PAIR:
+        specialist = build(len(PAIR[name])).bfloat16()
+        specialist.load_state_dict(loaded.tensors[name])
+        own = mean_losses({name: tasks[name]}, lambda _, model=specialist: model.eval(), inputs.architecture, device)
+        epsilon = spec.search.effective_epsilon
+        assert best.cp[name] == pytest.approx((own[name] + epsilon) / (best.losses[name] + epsilon), rel=1e-12)

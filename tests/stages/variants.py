@@ -33,9 +33,27 @@ class Net(nn.Module):
         return logits
 
 
+class FragileNet(Net):
+    """Fails on images with a pixel above ``limit``; ``ballast`` changes nothing, and overflows where it is doubled."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.limit = nn.Parameter(torch.zeros(4))
+        self.ballast = nn.Parameter(torch.zeros(32))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images) + 0 * self.ballast[0]
+        return logits.masked_fill(images.flatten(1).amax(1, keepdim=True) > self.limit.mean(), float("nan"))
+
+
 def build(classes: int) -> Net:
     """The spec's factory."""
     return Net(classes)
+
+
+def build_fragile(classes: int) -> Net:
+    """The factory of `FragileNet`."""
+    return FragileNet(classes)
 
 
 def write(folder: Path, groups: Groups, *, own_heads: bool = False) -> None:

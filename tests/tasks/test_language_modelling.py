@@ -146,3 +146,40 @@ def test_tokens_beyond_the_vocabulary(tmp_path):
         task.score(torch.zeros(1, 2, 5), data.targets)
     with pytest.raises(TaskError, match="not \\[samples, tokens, vocabulary\\]"):
         task.score(torch.zeros(1, 5), data.targets)
+
+
+def _texts(path, *texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_document_is_recognised_in_any_company(tmp_path, tokenizer_folder, pack):
+    task = _task(tokenizer_folder, arguments={"sequence_length": 4, "pack": pack})
+    seen = task.load(_texts(tmp_path / "seen.jsonl", "abc", "de", "fghijk")).sample_digests()
+    test = task.load(_texts(tmp_path / "test.jsonl", "vwxyzabc", "de ", "abc", "de", "fgh")).sample_digests()
+    assert (len(seen), len(test)) == (3, 5)
+    assert [digest in seen for digest in test] == [False, True, True, True, False]
+
+
+def test_a_batch_has_the_documents_that_begin_in_it(tmp_path, tokenizer_folder):
+    data = _task(tokenizer_folder, arguments={"sequence_length": 4}).load(
+        _texts(tmp_path / "d.jsonl", "abcdefghij", "kl")
+    )
+    first, second = data.sample_digests()
+    assert [batch.sample_digests() for batch in data.batches(1)] == [[first], [], [second], []]
+    assert data.subset([2, 0]).to("cpu").sample_digests() == [second, first]
+
+
+def test_tokens_are_recognised_whatever_their_padding(tmp_path):
+    narrow = _task().load(_tokens(tmp_path, inputs=np.array([[5, 6, 7], [8, 9, 9]], dtype=np.int32)))
+    wide = _task().load(
+        _tokens(
+            tmp_path,
+            inputs_input_ids=[[5, 6, 7, 0], [0, 8, 9, 9], [5, 6, 0, 0]],
+            inputs_attention_mask=[[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 0, 0]],
+        )
+    )
+    digests = wide.sample_digests()
+    assert digests[:2] == narrow.sample_digests()
+    assert len(set(digests)) == 3

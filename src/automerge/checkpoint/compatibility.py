@@ -16,6 +16,7 @@ def check_compatibility(
     reference_label: str,
     private: Sequence[str] = (),
     *,
+    tied: Mapping[str, str] | None = {},
     allow_mixed_floats: bool = False,
 ) -> None:
     """Check that every checkpoint has the same tensors as the reference, private parameters aside.
@@ -25,18 +26,21 @@ def check_compatibility(
         others: the tensors of each other checkpoint, by its label in the spec.
         reference_label: the label of the reference.
         private: glob patterns (``*``, ``?``, ``[...]``; case-sensitive) of the names of private parameters.
+        tied: further name of a tied tensor -> the name to know it by; a checkpoint may store any of them. None where
+            that is not known yet: a name that one side lacks is then let pass if that side has another tensor of its
+            dtype and shape, with which it may be tied.
         allow_mixed_floats: accept two floating-point dtypes for one tensor.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape or dtype; names the first ten of each kind
             per checkpoint and says how many there are.
     """
-    expected = _shared(reference, private)
+    expected = _untied(shared_tensors(reference, private), tied)
     problems = []
     for label, tensors in others.items():
-        found = _shared(tensors, private)
-        missing = [f"{name} is missing" for name in sorted(expected) if name not in found]
-        extra = [f"{name} is not in {reference_label!r}" for name in sorted(found) if name not in expected]
+        found = _untied(shared_tensors(tensors, private), tied)
+        missing = [f"{name} is missing" for name in _lacking(found, expected, tied)]
+        extra = [f"{name} is not in {reference_label!r}" for name in _lacking(expected, found, tied)]
         shapes, dtypes = [], []
         for name in sorted(expected):
             if name not in found:
@@ -68,12 +72,30 @@ def check_compatibility(
         )
 
 
-def _shared(tensors: Mapping[str, TensorInfo], private: Sequence[str]) -> dict[str, TensorInfo]:
+def shared_tensors(tensors: Mapping[str, TensorInfo], private: Sequence[str]) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint that are not private; ``private`` as of :func:`check_compatibility`."""
     return {
         name: info
         for name, info in tensors.items()
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in private)
     }
+
+
+def _untied(tensors: Mapping[str, TensorInfo], tied: Mapping[str, str] | None) -> dict[str, TensorInfo]:
+    """Every tied tensor once, by the name to know it by."""
+    if not tied:
+        return dict(tensors)
+    # Where a checkpoint has that name and a further one, the info is that of the name itself.
+    ordered = sorted(tensors, key=lambda name: (name not in tied, name))
+    return {tied.get(name, name): tensors[name] for name in ordered}
+
+
+def _lacking(
+    tensors: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], tied: Mapping[str, str] | None
+) -> list[str]:
+    """The wanted names that are not among the tensors, sorted; without those that a tie may explain."""
+    forms = set(tensors.values()) if tied is None else set()
+    return [name for name in sorted(wanted) if name not in tensors and wanted[name] not in forms]
 
 
 def _first(problems: list[str], kind: str) -> list[str]:

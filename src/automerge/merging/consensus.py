@@ -21,23 +21,30 @@ def weighted_sum(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> t
     return total
 
 
-def sum_of_agreeing(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
+def sum_of_agreeing(
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool,
+    votes: Sequence[float] | None = None,
+) -> torch.Tensor:
     """Elect a sign per element, and sum only what agrees with it.
 
-    The elected sign is that of sum(w_i * d_i), positive where the sum is zero. An element of a source agrees if
-    w_i * d_i is not zero and has the elected sign. With ``normalize`` the sum is divided by the sum of the weights of
-    what agreed (by 1 where that is zero).
+    The elected sign is that of sum(v_i * d_i), positive where the sum is zero; the votes v are the weights w unless
+    given. An element of a source agrees if w_i * d_i is not zero and has the elected sign. With ``normalize`` the sum
+    is divided by the sum of the weights of what agreed (by 1 where that is zero).
     Source: TIES-Merging, https://arxiv.org/abs/2306.01708, in mergekit's weighted form.
 
     Args:
         deltas: the task vectors of the sources, of one shape and floating dtype, already sparsified.
         weights: one per source, any sign.
         normalize: divide by the weights of what agreed.
+        votes: one per source, of its weight's sign, where the election has factors of its own.
 
     Returns:
         the merged task vector: same shape and dtype.
     """
-    positive = weighted_sum(deltas, weights) >= 0
+    positive = weighted_sum(deltas, weights if votes is None else votes) >= 0
     merged = torch.zeros_like(deltas[0])
     agreed = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):

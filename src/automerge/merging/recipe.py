@@ -8,6 +8,14 @@ that both engines execute, so that equal keys mean equal bytes. The identities, 
 - ties with normalize: the weights are scaled as for linear. Without it, lambda > 0 is multiplied into the weights.
 - dare_linear: at density 1 it is task_arithmetic (rescale has no effect); else lambda > 0 into the weights.
 - dare_ties: at density 1 it is ties with density 1 and without normalize; else lambda > 0 into the weights.
+- slerp: the weights are scaled as for linear; with a zero weight it is linear.
+- breadcrumbs: at density 1 it is task_arithmetic; else lambda > 0 into the weights.
+- breadcrumbs_ties: at density 1 or gamma 0 it is ties without normalize; else lambda > 0 into the weights.
+- della: epsilon is cut to min(density, 1 - density); at density 1 it is ties; with normalize the weights are scaled as
+  for linear; without it, at epsilon 0 it is dare_ties, else lambda > 0 into the weights.
+- della_linear: epsilon is cut likewise; at epsilon 0 it is dare_linear; else lambda > 0 into the weights.
+- sce: the weights are scaled as for linear.
+- consensus_ta, tsv_merge, iso_c: as their modules say.
 - Numbers are rounded to 12 significant digits, and typed as declared (a density 1 is 1.0).
 
 All of them change the weights by a common positive factor at most, which neither the election of signs nor the

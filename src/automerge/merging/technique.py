@@ -366,7 +366,10 @@ def usable_techniques(
     if normalising:
         notices.append(f"with independent weights these, which normalise them, are left out: {', '.join(normalising)}")
     if not kept:
-        raise MergeError(f"search.techniques: none fits the inputs: {'; '.join(notices)}", "add a base, or 'linear' with simplex weights")
+        raise MergeError(
+            f"search.techniques: none fits the inputs: {'; '.join(notices)}",
+            "add a base, or 'linear' with simplex weights",
+        )
     return kept, notices
 
 

@@ -36,7 +36,7 @@ def export_onnx(
     path: Path,
     *,
     max_inline_bytes: int = MAX_INLINE_BYTES,
-) -> None:
+) -> list[Path]:
     """Write a module as ONNX: its inputs by name to one output ``logits``, all with a dynamic first dimension
     ``batch``.
 
@@ -50,6 +50,11 @@ def export_onnx(
         module: in evaluation mode, with its weights.
         inputs: one batch [n, ...] by name, n >= 1, on the module's device.
         path: the file to write; replaced if it exists.
+        max_inline_bytes: see above.
+
+    Returns:
+        The files written: ``path``, then that of the weights if they lie beside it. They only work together, under
+        these names.
 
     Raises:
         ModelError: the model cannot be exported.
@@ -97,17 +102,23 @@ def export_onnx(
     try:
         with _quiet():
             onnx_ir.save(graph, folder / path.name, external_data=data.name if size > max_inline_bytes else None)
+        # Gone first: an older graph must never be found with these weights, nor this graph with older ones.
+        path.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
+        written = [path]
         if (folder / data.name).exists():
             (folder / data.name).replace(data)
-        else:
-            data.unlink(missing_ok=True)
+            written.append(data)
         (folder / path.name).replace(path)
     except Exception as error:
+        if not path.exists():
+            data.unlink(missing_ok=True)
         raise ModelError(
             f"{path}: the ONNX file cannot be written: {short_reason(error)}", "make room, and try again"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return written
 
 
 def check_onnx(

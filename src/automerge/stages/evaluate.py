@@ -1,18 +1,19 @@
 """evaluate: what the merged model kept of its sources, on test data that no earlier stage has seen.
 
 Measured side by side under the same code: the merged model, the base, every source, and every single technique at the
-defaults of arXiv 2601.22748 (equal weights, density 0.65), each as one more merge of the same inputs.
+defaults of arXiv 2601.22748 (equal weights, density 0.65), each as one more merge of the same inputs. A row that cannot
+be measured is left out with a warning in the result; only the merged model and the references must be measurable.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from automerge.checkpoint.open import open_checkpoint
-from automerge.errors import MergeError, MissingExtraError, ModelError, SpecError
-from automerge.merging.recipe import BASE, Recipe, RecipeBlock
+from automerge.errors import MergeError, MissingExtraError, ModelError, SpecError, TaskError
+from automerge.merging.recipe import BASE, Recipe, RecipeBlock, merged_names
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.streamed import HEADS
 from automerge.merging.technique import Declaration, usable_techniques
@@ -32,11 +33,11 @@ from automerge.preservation import (
 from automerge.report.report import write_report
 from automerge.searching.evaluator import MeasuredTask
 from automerge.searching.store import read_trials
-from automerge.segmenting.segmentation import Segmentation
+from automerge.segmenting.segmentation import Block, Segmentation
 from automerge.spec import Spec
-from automerge.stages.documents import EVALUATION, MERGED, RECIPE, REPORT, SEGMENTATION, TRIALS, Merged
+from automerge.stages.documents import EVALUATION, MERGED, RECIPE, REPORT, TRIALS, Manifest, Merged
 from automerge.stages.inputs import Inputs
-from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute
+from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
 from automerge.tasks.run import evaluate_task
 from automerge.tasks.task import Scores, TaskData
 from automerge.telemetry.metrics import StageMetrics, observe_stage
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 BASELINE_DENSITY = 0.65
 """Density of the single-technique baselines: the paper's default. Their weights are equal: its 0.5 for two sources."""
+
+PAPER_TECHNIQUES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+"""Always among the baselines where they fit the inputs, whatever the search chooses from."""
 
 ONNX_SAMPLES = 512
 """Most validation samples of a task on which the ONNX file is compared with torch."""
@@ -59,29 +63,48 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
         folder: where the results are written.
 
     Raises:
-        SpecError: a document is missing, or the merged model was not made by this recipe.
-        TaskError: test data are unusable, or a loss is not finite.
+        SpecError: a document is missing, the merged model was not made by this recipe, or the recipe is not of these
+            inputs, this segmentation and this granularity.
+        TaskError: test data are unusable, or a loss of the merged model or of a task's reference is not finite.
     """
     with observe_stage("evaluate", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         device = prepare_compute(spec)
         opened = Inputs.open(spec, inputs)
-        blocks = Segmentation.read(segmentation / SEGMENTATION)
+        blocks = read_segmentation(segmentation, spec)
         recipe = Recipe.read(search / RECIPE)
+        _check_inputs(recipe, opened.manifest, search / RECIPE)
         _check_origin(recipe, Merged.read(model / MERGED), model)
         loaded = Loaded.load(opened, device)
+        _check_tensors(recipe, mergeable_blocks(blocks, loaded.private), search / RECIPE)
         validation, test = loaded.measured("validation"), loaded.measured("test")
 
         merged = _merged_heads(loaded, recipe, model)
         roles: dict[str, Role] = {}
         scores: dict[str, dict[str, Scores]] = {name: {} for name in test}
-        for name, role, heads in _models(loaded, blocks, merged):
+        left_out: list[str] = []
+        for name, role, heads in _models(loaded, blocks, merged, left_out):
             log.info("measuring %s", name)
-            roles[name] = role
+            problems: list[str] = []
             for task_name, task in test.items():
-                module = heads.module(task.reference)
-                scores[task_name][name] = evaluate_task(
-                    opened.architecture, module, task.task, task.data, task.batch_size, device
-                )
+                try:
+                    scores[task_name][name] = evaluate_task(
+                        opened.architecture,
+                        heads.module(task.reference),
+                        task.task,
+                        task.data,
+                        task.batch_size,
+                        device,
+                    )
+                except TaskError as error:
+                    if role == "merged" or name == task.reference:
+                        raise
+                    problems.append(error.problem)
+            # A source without a row still gives the reference figures of its own task.
+            if problems:
+                left_out.append(f"{name!r} is left out of the table: {'; '.join(problems)}")
+            else:
+                roles[name] = role
+            del heads  # before the next row's model is built
         measurements = [
             Measurement(_task_info(spec, name, task, validation[name].data), scores[name])
             for name, task in test.items()
@@ -98,7 +121,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
             recipe=recipe.digest(),
             tasks=found.tasks,
             models=found.models,
-            warnings=[*_shared_sample_warnings(validation, test), *found.warnings],
+            warnings=[*_shared_sample_warnings(validation, test), *found.warnings, *left_out],
             gate=check_gate(spec.gate, found.models[0], found.tasks),
             onnx=onnx,
             confidence=spec.evaluation.confidence,
@@ -120,19 +143,25 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
     return evaluation
 
 
-def _models(loaded: Loaded, segmentation: Segmentation, merged: Heads) -> Iterator[tuple[str, Role, Heads]]:
-    """Every row of the table: name, role, and the model, which is valid until the next one is asked for."""
+def _models(
+    loaded: Loaded, segmentation: Segmentation, merged: Heads, left_out: list[str]
+) -> Iterator[tuple[str, Role, Heads]]:
+    """Every row of the table: name, role, and the model, which is valid until the next one is asked for.
+
+    A single technique that cannot be applied adds a sentence to ``left_out`` instead.
+    """
     yield "merged", "merged", merged
     spec = loaded.inputs.spec
-    heads = loaded.heads(loaded.shared(spec.sources[0].name))
     for owner in loaded.tensors:
-        heads.load(loaded.shared(owner))
-        yield owner, "base" if owner == BASE else "source", heads
+        yield owner, "base" if owner == BASE else "source", loaded.heads(loaded.shared(owner), like=owner)
     if not spec.evaluation.baselines:
         return
+    heads = loaded.heads(loaded.shared(spec.sources[0].name), dtype=spec.merge.dtype)
     merger = ResidentMerger(loaded.base, loaded.sources, loaded.device)
     techniques, _ = usable_techniques(
-        spec.search.techniques, sources=len(spec.sources), has_base=loaded.base is not None
+        list(dict.fromkeys([*PAPER_TECHNIQUES, *spec.search.techniques])),
+        sources=len(spec.sources),
+        has_base=loaded.base is not None,
     )
     blocks = mergeable_blocks(segmentation, loaded.private)
     sources = [source.name for source in spec.sources]
@@ -154,7 +183,7 @@ def _models(loaded: Loaded, segmentation: Segmentation, merged: Heads) -> Iterat
         try:
             merger.apply(recipe, heads.live)
         except MergeError as error:
-            log.warning("the baseline %r is left out: %s", name, error)
+            left_out.append(f"technique {name!r} is left out of the table: {error.problem}")
             continue
         yield name if name not in sources else f"{name} (technique)", "technique", heads
 
@@ -180,6 +209,27 @@ def _merged_heads(loaded: Loaded, recipe: Recipe, model: Path) -> Heads:
         shared,
         loaded.device,
     )
+
+
+def _check_inputs(recipe: Recipe, manifest: Manifest, path: Path) -> None:
+    """The specialists must be what was merged: a source fetched anew can be another under the old name."""
+    fetched = manifest.digests()
+    for item in [*([recipe.base] if recipe.base is not None else []), *recipe.sources]:
+        if fetched.get(item.name) != item.digest:
+            raise SpecError(
+                f"{path}: the recipe is of another {item.name!r} than the one that was fetched",
+                "run `automerge search` and `automerge merge` again in a new folder, or fetch the old one",
+            )
+
+
+def _check_tensors(recipe: Recipe, blocks: Sequence[Block], path: Path) -> None:
+    cut = {name for block in blocks for name in block.tensors()}
+    differ = sorted(cut.symmetric_difference(merged_names(recipe)))
+    if differ:
+        raise SpecError(
+            f"{path}: the recipe does not merge the tensors of the segmentation ({differ[0]!r} is in only one of them)",
+            "run `automerge segment`, then `automerge search` and `automerge merge` again",
+        )
 
 
 def _check_origin(recipe: Recipe, merged: Merged, model: Path) -> None:
@@ -245,13 +295,12 @@ def _export(loaded: Loaded, merged: Heads, validation: dict[str, MeasuredTask], 
             key = "merged" if len(by_module) == 1 else references[0]
             path = folder / ("model.onnx" if key == "merged" else f"model-{key}.onnx")
             tasks = [task for task in validation.values() if task.reference in references]
-            export_onnx(
+            written += export_onnx(
                 architecture,
                 module,
                 tasks[0].data.subset(range(min(2, len(tasks[0].data)))).to(loaded.device).inputs,
                 path,
             )
-            written.append(path)
             for task in tasks:
                 data = task.data.subset(range(min(ONNX_SAMPLES, len(task.data))))
                 batches = (batch.to(loaded.device).inputs for batch in data.batches(task.batch_size))
@@ -262,7 +311,9 @@ def _export(loaded: Loaded, merged: Heads, validation: dict[str, MeasuredTask], 
         for path in written:
             path.unlink(missing_ok=True)
         return OnnxResult(status="failed", reason=str(error))
-    return OnnxResult(status="exported", files=files, max_abs_difference=largest)
+    return OnnxResult(
+        status="exported", files=files, written=[path.name for path in written], max_abs_difference=largest
+    )
 
 
 def _observe(metrics: StageMetrics, evaluation: Evaluation) -> None:

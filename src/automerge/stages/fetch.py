@@ -9,47 +9,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from automerge import storage
-from automerge.checkpoint.compatibility import check_compatibility
+from automerge.checkpoint.compatibility import check_compatibility, shared_tensors
 from automerge.checkpoint.info import TensorInfo
 from automerge.checkpoint.layout import peek_tensors
 from automerge.checkpoint.open import open_checkpoint
 from automerge.documents import digest_of
-from automerge.errors import CheckpointError, TaskError
+from automerge.errors import CheckpointError, ModelError, TaskError
 from automerge.merging.apply import refuse_non_finite
-from automerge.models.architecture import load_architecture
+from automerge.merging.recipe import BASE
+from automerge.models.architecture import Architecture, load_architecture
+from automerge.models.state import state_names
 from automerge.spec import Spec
 from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
 from automerge.stages.inputs import check_plugins
-from automerge.storage import ObjectInfo, list_objects, read_range
+from automerge.storage import FetchRecord, ObjectInfo, list_objects, read_range
 from automerge.tasks.task import load_task
 from automerge.telemetry.metrics import observe_stage
 
 log = logging.getLogger(__name__)
 
+Tensors = Mapping[str, TensorInfo]
+
 
 def fetch(spec: Spec, folder: Path) -> Manifest:
     """Fetch all inputs of a spec into ``folder`` and write its manifest.
 
-    Files that an earlier call brought and whose digests still fit are kept; a broken download goes on where it stopped.
+    Files that an earlier call brought are kept where their digests still fit, and what they were made of is unchanged
+    by its etag and size, or is pinned by the spec's sha256. A broken download goes on where it stopped.
 
     Raises:
         StorageError: an object is missing, not readable, or damaged on the way.
         CheckpointError: a checkpoint is damaged or unsafe, the checkpoints do not fit each other, or a digest in the
             spec does not fit.
         MergeError: a checkpoint has NaN or infinite values, or no technique fits the inputs.
+        ModelError: the checkpoints have different names, and the model that says which are tied cannot be built.
         PluginError, TaskError: a plug-in that the spec names is unknown, or a task's data are unusable.
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         check_plugins(spec)
-        load_architecture(spec.model, {}).check()
+        architecture = load_architecture(spec.model, {})
+        architecture.check()
         wanted = _wanted(spec)
         listings = {item.name: list_objects(item.uri) for item in wanted}
-        _check_headers(spec, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
+        _check_headers(spec, architecture, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
         inputs, downloaded = [], 0
         for item in wanted:
             log.info("fetching %s from %s", item.name, item.uri)
-            fetched, transferred = _fetch_one(item, folder)
+            fetched, transferred = _fetch_one(item, listings[item.name], folder)
             inputs.append(fetched)
             downloaded += transferred
         metrics.set("automerge_fetch_downloaded_bytes", downloaded)
@@ -69,6 +78,7 @@ class _Wanted:
     role: Literal["base", "source", "validation", "test"]
     uri: str
     place: str
+    sha256: str | None = None
 
     @property
     def is_checkpoint(self) -> bool:
@@ -78,17 +88,20 @@ class _Wanted:
 def _wanted(spec: Spec) -> list[_Wanted]:
     wanted = []
     if spec.base is not None:
-        wanted.append(_Wanted("base", "base", spec.base.uri, "checkpoints/base"))
-    wanted += [_Wanted(each.name, "source", each.uri, f"checkpoints/{each.name}") for each in spec.sources]
+        wanted.append(_Wanted("base", "base", spec.base.uri, "checkpoints/base", spec.base.sha256))
+    wanted += [_Wanted(each.name, "source", each.uri, f"checkpoints/{each.name}", each.sha256) for each in spec.sources]
     for task in spec.tasks:
         wanted.append(_Wanted(f"{task.name}/validation", "validation", task.validation, f"data/{task.name}/validation"))
         wanted.append(_Wanted(f"{task.name}/test", "test", task.test, f"data/{task.name}/test"))
     return wanted
 
 
-def _check_headers(spec: Spec, listings: Mapping[str, Sequence[ObjectInfo]]) -> None:
-    """Compare the checkpoints by their headers alone; those without a header are compared once they are here."""
-    tensors: dict[str, Mapping[str, TensorInfo]] = {}
+def _check_headers(spec: Spec, architecture: Architecture, listings: Mapping[str, Sequence[ObjectInfo]]) -> None:
+    """Compare the checkpoints by their headers alone; those without a header are compared once they are here.
+
+    So are names that may be tied in a model that cannot be built before its checkpoint is here.
+    """
+    tensors: dict[str, Tensors] = {}
     for name, listing in listings.items():
         uris = {item.key: item.uri for item in listing}
         found = peek_tensors(
@@ -98,12 +111,16 @@ def _check_headers(spec: Spec, listings: Mapping[str, Sequence[ObjectInfo]]) -> 
         )
         if found is not None:
             tensors[name] = found
-    _check_tensors(spec, tensors)
+    try:
+        tied: Mapping[str, str] | None = _tied(spec, architecture, tensors)
+    except (ModelError, KeyError):  # the folder that the kind builds the model from is not among the architecture's
+        tied = None
+    _check_tensors(spec, tensors, tied)
 
 
 def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
     """Everything that can be said of the inputs before a GPU is paid for: fit, finite values, usable data."""
-    tensors: dict[str, Mapping[str, TensorInfo]] = {}
+    tensors: dict[str, Tensors] = {}
     for item in inputs:
         if item.role not in ("base", "source"):
             continue
@@ -112,8 +129,9 @@ def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
             tensors[item.name] = checkpoint.tensors
             for name in checkpoint.tensors:
                 refuse_non_finite(owner, name, checkpoint.read(name))
-    _check_tensors(spec, tensors)
     paths = {item.name: folder / item.path for item in inputs}
+    architecture = load_architecture(spec.model, {name: paths[name] for name in tensors})
+    _check_tensors(spec, tensors, _tied(spec, architecture, tensors))
     for task in spec.tasks:
         reference = paths[spec.reference_of(task)]
         plugin = load_task(task, reference if reference.is_dir() else reference.parent)
@@ -124,18 +142,36 @@ def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
                 raise TaskError(f"tasks.{task.name}.{split}: {error.problem}", error.remedy) from error
 
 
-def _check_tensors(spec: Spec, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+def _tied(spec: Spec, architecture: Architecture, tensors: Mapping[str, Tensors]) -> Mapping[str, str]:
+    """The model's tied names, if the checkpoints have different ones: of a tied tensor each may hold any.
+
+    A PyTorch file has all of them, safetensors only one.
+    """
+    names = {frozenset(shared_tensors(infos, spec.private)) for infos in tensors.values()}
+    if len(names) < 2:
+        return {}
+    source = spec.sources[0]
+    with torch.device("meta"):
+        return state_names(architecture.build(source.name, source.arguments)).tied
+
+
+def _check_tensors(spec: Spec, tensors: Mapping[str, Tensors], tied: Mapping[str, str] | None) -> None:
     if len(tensors) < 2:
         return
     first = next(source.name for source in spec.sources if source.name in tensors)
-    others = {name: infos for name, infos in tensors.items() if name != first}
-    check_compatibility(tensors[first], others, first, spec.private)
+    sources = {name: infos for name, infos in tensors.items() if name not in (first, BASE)}
+    base = {name: infos for name, infos in tensors.items() if name == BASE}
+    # The merge computes in the widest dtype and writes in that of the sources, or in the one that the spec names.
+    mixed = spec.merge.dtype != "same"
+    check_compatibility(tensors[first], sources, first, spec.private, tied=tied, allow_mixed_floats=mixed)
+    check_compatibility(tensors[first], base, first, spec.private, tied=tied, allow_mixed_floats=True)
 
 
-def _fetch_one(item: _Wanted, folder: Path) -> tuple[Input, int]:
+def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path) -> tuple[Input, int]:
     """One input on local disk, and how many bytes of it had to be transferred."""
     target = folder / item.place
-    files = storage.fetch(item.uri, target)
+    record = FetchRecord(target.with_name(f".{target.name}.fetched.json"))
+    files = storage.fetch_all(listing, target, record=record, sha256=item.sha256)
     for stale in sorted(
         path for path in target.rglob("*") if path.is_file() and path not in {file.path for file in files}
     ):

@@ -4,16 +4,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from automerge.errors import ModelError
-from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock
+from automerge.errors import ModelError, SpecError
+from automerge.merging.apply import convert
+from automerge.merging.recipe import BASE, InputDigest, OutputDtype, Recipe, RecipeBlock, torch_dtype
 from automerge.models.heads import Heads
 from automerge.searching.evaluator import MeasuredTask
 from automerge.segmenting.segmentation import Block, Segmentation
 from automerge.spec import Spec
+from automerge.stages.documents import SEGMENTATION
 from automerge.stages.inputs import Inputs, private_names
 
 Tensors = dict[str, torch.Tensor]
@@ -66,16 +69,43 @@ class Loaded:
         private = set(self.private[owner])
         return {name: tensor for name, tensor in self.tensors[owner].items() if name not in private}
 
-    def heads(self, shared: Mapping[str, torch.Tensor], references: Sequence[str] | None = None) -> Heads:
-        """Modules over shared tensors, one for the private tensors of each reference."""
+    def heads(
+        self,
+        shared: Mapping[str, torch.Tensor],
+        references: Sequence[str] | None = None,
+        *,
+        dtype: OutputDtype = "same",
+        like: str | None = None,
+    ) -> Heads:
+        """Modules over shared tensors, one for the private tensors of each reference.
+
+        Args:
+            shared: the shared tensors by name; copied.
+            references: whose heads; by default those of all tasks.
+            dtype: of all floating tensors, as `merge` would write them; ``same``: each in its own.
+            like: a checkpoint in whose dtypes the heads are, so that it runs under the head of another.
+
+        Raises:
+            MergeError: a private tensor does not fit ``dtype``.
+        """
 
         def build(reference: str) -> nn.Module:
             return self.inputs.architecture.build(reference, self.inputs.arguments(reference))
 
+        def private(reference: str, name: str) -> torch.Tensor:
+            tensor = self.tensors[reference][name]
+            other = self.tensors[like].get(name) if like is not None else None
+            if other is not None and tensor.is_floating_point() and other.is_floating_point():
+                tensor = tensor.to(other.dtype)
+            return convert(name, f"checkpoint {reference!r}", tensor, dtype)
+
         own = {
-            reference: {name: self.tensors[reference][name] for name in self.private[reference]}
+            reference: {name: private(reference, name) for name in self.private[reference]}
             for reference in (references if references is not None else self.inputs.references)
         }
+        if dtype != "same":
+            wanted = torch_dtype(dtype)
+            shared = {name: each.to(wanted) if each.is_floating_point() else each for name, each in shared.items()}
         return Heads(build, own, shared, self.device)
 
     def measured(self, split: str) -> dict[str, MeasuredTask]:
@@ -105,6 +135,23 @@ class Loaded:
             tied=segmentation.tied,
             private={owner: names for owner, names in self.private.items() if names},
         )
+
+
+def read_segmentation(folder: Path, spec: Spec) -> Segmentation:
+    """The segmentation that `segment` wrote for this spec.
+
+    Raises:
+        SpecError: there is none, or it was cut by another granularity than the spec's.
+    """
+    path = folder / SEGMENTATION
+    segmentation = Segmentation.read(path)
+    if segmentation.granularity != spec.segmentation.granularity:
+        raise SpecError(
+            f"{path}: was cut by granularity {segmentation.granularity!r}, and the spec says "
+            f"{spec.segmentation.granularity!r}",
+            "run `automerge segment` again",
+        )
+    return segmentation
 
 
 def mergeable_blocks(segmentation: Segmentation, private: Mapping[str, Sequence[str]]) -> list[Block]:

@@ -61,7 +61,7 @@ def register(
             measured,
             weights=model,
             files=[*(record.path for record in merged.files), MERGED],
-            onnx=[evaluation / name for name in sorted(set(measured.onnx.files.values()))],
+            onnx=[evaluation / name for name in measured.onnx.written],
             documents=[
                 spec_file,
                 inputs / MANIFEST,

@@ -13,11 +13,10 @@ from automerge.merging.technique import usable_techniques
 from automerge.searching.evaluator import RecipeEvaluator, mean_losses
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.searching.search import search as run_search
-from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
-from automerge.stages.documents import RECIPE, SEGMENTATION, TRIALS
+from automerge.stages.documents import RECIPE, TRIALS
 from automerge.stages.inputs import Inputs
-from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute
+from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
 from automerge.telemetry.metrics import StageMetrics, observe_stage
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def search(
             raise MissingExtraError(f"the search ({error.name})", "search") from None
         device = prepare_compute(spec)
         opened = Inputs.open(spec, inputs)
-        blocks_document = Segmentation.read(segmentation / SEGMENTATION)
+        blocks_document = read_segmentation(segmentation, spec)
         techniques, notices = usable_techniques(
             spec.search.techniques,
             sources=len(spec.sources),
@@ -70,7 +69,8 @@ def search(
         space = SearchSpace(blocks, [source.name for source in spec.sources], techniques, spec.search)
 
         average = loaded.recipe(blocks_document, space.recipe_blocks(space.average()))
-        heads = loaded.heads(loaded.shared(spec.sources[0].name))
+        # In the output dtype: what is measured is what `merge` will write.
+        heads = loaded.heads(loaded.shared(spec.sources[0].name), dtype=spec.merge.dtype)
         merger = ResidentMerger(loaded.base, loaded.sources, device)
         merger.apply(average, heads.live)
         tasks = loaded.measured("validation")

@@ -67,12 +67,14 @@ def download(uri: str, destination: Path, sha256: str | None = None) -> Download
     if not source.is_file():
         raise _no_such(uri, source)
     try:
+        # Taken before the content is read: a change in between gives the file another etag.
+        etag = _info(source, source.name).etag
         if destination.exists() and destination.samefile(source):
             digest, transferred = _digest(source), 0
             check_digest(uri, digest, sha256)
         else:
             digest, transferred = _copy(uri, source, destination, sha256), source.stat().st_size
-        return DownloadedFile(destination, destination.stat().st_size, digest, uri, transferred)
+        return DownloadedFile(destination, destination.stat().st_size, digest, uri, etag, transferred)
     except OSError as error:
         _fail(uri, f"copied to {destination}", error)
 

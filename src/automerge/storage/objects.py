@@ -30,6 +30,7 @@ class DownloadedFile:
         size: bytes.
         sha256: of its content (hex), computed from the file.
         uri: where it came from.
+        etag: of the object when it was read, as of :class:`ObjectInfo`.
         transferred: bytes that this call fetched; less than ``size`` where a download was resumed or not needed.
     """
 
@@ -37,4 +38,5 @@ class DownloadedFile:
     size: int
     sha256: str
     uri: str
+    etag: str
     transferred: int

@@ -112,7 +112,7 @@ def download(uri: str, destination: Path, sha256: str | None = None) -> Download
             and destination.stat().st_size == found.size
             and _digest(destination) == expected
         ):
-            return DownloadedFile(destination, found.size, expected, uri, 0)
+            return DownloadedFile(destination, found.size, expected, uri, found.etag, 0)
         with _translated(uri):
             return _Download(uri, bucket, key, found, destination).run(expected)
     except OSError as error:
@@ -200,7 +200,7 @@ class _Download:
         finally:
             os.close(descriptor)
         transferred = sum(self._ranges[index][1] - self._ranges[index][0] for index in missing)
-        return DownloadedFile(self._destination, self._found.size, digest, self._uri, transferred)
+        return DownloadedFile(self._destination, self._found.size, digest, self._uri, self._found.etag, transferred)
 
     def _resume(self, descriptor: int) -> None:
         """Take over the parts of an earlier attempt whose bytes are what was recorded, and make room for the rest."""

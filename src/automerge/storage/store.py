@@ -10,6 +10,7 @@ from automerge.errors import StorageError
 from automerge.plugins import nearest
 from automerge.storage import local, s3
 from automerge.storage.objects import DownloadedFile, ObjectInfo
+from automerge.storage.record import FetchRecord, kept_file
 
 __all__ = [
     "DownloadedFile",
@@ -76,8 +77,18 @@ def download(uri: str, destination: Path, sha256: str | None = None) -> Download
     return _store(uri).download(uri, destination, sha256)
 
 
-def fetch(uri: str, folder: Path) -> list[DownloadedFile]:
+def fetch(
+    uri: str, folder: Path, *, record: FetchRecord | None = None, sha256: str | None = None
+) -> list[DownloadedFile]:
     """Download a file or object, or everything below a folder or prefix, into a local folder by relative name.
+
+    Args:
+        uri: what to get.
+        folder: where the files go.
+        record: what was fetched before: an object whose etag and size are still those is not transferred again if the
+            local file is whole. What is fetched is added.
+        sha256: the digest (hex) that is expected of a lone object: a local file of this content is kept, whatever the
+            etag. Another digest is no error here.
 
     Returns:
         The files, sorted by relative name.
@@ -85,11 +96,13 @@ def fetch(uri: str, folder: Path) -> list[DownloadedFile]:
     Raises:
         StorageError: as :func:`download`; also if a key would leave the folder.
     """
-    return fetch_all(list_objects(uri), folder)
+    return fetch_all(list_objects(uri), folder, record=record, sha256=sha256)
 
 
-def fetch_all(objects: Sequence[ObjectInfo], folder: Path) -> list[DownloadedFile]:
-    """Download what was listed into a local folder, each object by its key, several at a time.
+def fetch_all(
+    objects: Sequence[ObjectInfo], folder: Path, *, record: FetchRecord | None = None, sha256: str | None = None
+) -> list[DownloadedFile]:
+    """Download what was listed into a local folder, each object by its key, several at a time; see :func:`fetch`.
 
     Returns:
         The files, in the order of ``objects``.
@@ -100,8 +113,21 @@ def fetch_all(objects: Sequence[ObjectInfo], folder: Path) -> list[DownloadedFil
     for entry in objects:
         if any(part in ("", ".", "..") for part in entry.key.split("/")) or "\0" in entry.key:
             raise StorageError(f"{entry.uri}: its key {entry.key!r} is no name for a local file", "rename the object")
+    pinned = sha256 if len(objects) == 1 else None
+
+    def one(entry: ObjectInfo) -> DownloadedFile:
+        destination = folder / entry.key
+        found = kept_file(entry, destination, pinned) if pinned is not None else None
+        if found is None and record is not None:
+            found = record.find(entry, destination)
+        if found is None:
+            found = download(entry.uri, destination)
+            if record is not None:
+                record.add(found)
+        return found
+
     with ThreadPoolExecutor(max_workers=_PARALLEL_OBJECTS) as pool:
-        futures = [pool.submit(download, entry.uri, folder / entry.key) for entry in objects]
+        futures = [pool.submit(one, entry) for entry in objects]
         try:
             return [future.result() for future in futures]
         except BaseException:

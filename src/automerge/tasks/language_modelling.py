@@ -1,6 +1,7 @@
 """Task kind ``language_modelling``: logits [n, T, vocabulary] against the tokens that they predict."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from automerge.tasks.task import Metric, Ratio, Task, TaskData, to_column
 
 IGNORED = -100
 """The label of a position without a target, as torch and transformers have it."""
+
+_MASKS = ("attention_mask", "decoder_attention_mask")
 
 _CHUNK_ELEMENTS = 2**24
 """Logits turned to float32 at a time when nothing is differentiated: 64 MB, whatever the vocabulary and the batch."""
@@ -66,15 +69,21 @@ class LanguageModelling(Task):
         """See ``Task.load``.
 
         Targets: ``labels`` int64 [n, T], moved so that they stand where the logits that predict them do, -100 for none.
+        Keys: of texts, those of the documents, whatever samples they are cut into; of tokens, those of the rows without
+        padding.
         """
         file = find_data_file(path, TENSOR_SUFFIXES + TEXT_SUFFIXES)
         if file.suffix in TEXT_SUFFIXES:
-            inputs, labels = self._tokenised(file), None
+            labels: Tensor | None = None
+            keys: list[tuple[str, ...]] | None
+            inputs, keys = self._tokenised(file)
         else:
             inputs, labels = read_inputs_and_labels(file)
             if list(inputs) == ["inputs"]:
                 inputs = {"input_ids": inputs["inputs"]}
-        return TaskData(inputs, {"labels": self._targets(file, inputs, labels)})
+            keys = None
+        targets = {"labels": self._targets(file, inputs, labels)}
+        return TaskData(inputs, targets, _keys_of_rows(inputs) if keys is None else keys)
 
     def loss(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
         """Cross-entropy of each sample, summed over its tokens: float32 [n]. See ``Task.loss``."""
@@ -163,28 +172,59 @@ class LanguageModelling(Task):
             raise TaskError(f"{file}: sample {int(empty.nonzero()[0])} has no token to predict", "drop the sample")
         return wanted
 
-    def _tokenised(self, file: Path) -> dict[str, Tensor]:
+    def _tokenised(self, file: Path) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+        """The inputs, and for each sample the keys of the documents that begin in it."""
         tokenizer = _tokenizer(file, self.tokenizer_folder)
-        documents: list[list[int]] = [
-            list(tokenizer(text, add_special_tokens=True)["input_ids"]) for text in read_texts(file)
-        ]
+        texts = read_texts(file)
+        documents: list[list[int]] = [list(tokenizer(text, add_special_tokens=True)["input_ids"]) for text in texts]
+        keys = [hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
         if self._pack:
             end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
             joined: list[int] = []
-            for document in documents:
+            begun: dict[int, tuple[str, ...]] = {}
+            for document, key in zip(documents, keys, strict=True):
+                sample = len(joined) // self._length
+                begun[sample] = (*begun.get(sample, ()), key)
                 joined += document if not end or document[-1:] == end else document + end
-            documents = [joined]
+            streams = [(joined, begun)]
+        else:
+            streams = [(document, {0: (key,)}) for document, key in zip(documents, keys, strict=True)]
         windows = [
-            document[start : start + self._length]
-            for document in documents
-            for start in range(0, len(document), self._length)
+            (stream[start : start + self._length], begins.get(start // self._length, ()))
+            for stream, begins in streams
+            for start in range(0, len(stream), self._length)
         ]
         # A single token predicts nothing.
-        windows = [window for window in windows if len(window) > 1]
+        windows = [(window, begins) for window, begins in windows if len(window) > 1]
         if not windows:
             raise TaskError(f"{file}: no text has two tokens", "give longer texts")
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return _padded(windows, 0 if padding is None else int(padding), max(len(window) for window in windows))
+        inputs = _padded(
+            [window for window, _ in windows],
+            0 if padding is None else int(padding),
+            max(len(window) for window, _ in windows),
+        )
+        return inputs, [begins for _, begins in windows]
+
+
+def _keys_of_rows(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """A key for each row, of what its masks leave: not of the padding, nor of its width."""
+    masks = {name: tensor.bool().cpu() for name, tensor in inputs.items() if name in _MASKS}
+    columns = {name: inputs[name].cpu() for name in sorted(inputs) if name not in masks}
+    keys: list[tuple[str, ...]] = []
+    for row in range(len(next(iter(inputs.values())))):
+        hasher = hashlib.sha256()
+        for name, column in columns.items():
+            values = column[row]
+            mask = masks.get("decoder_attention_mask" if name.startswith("decoder_") else "attention_mask")
+            if mask is not None and values.shape[:1] == mask[row].shape:
+                values = values[mask[row]]
+            # One token is the same in every integer dtype.
+            values = values if values.is_floating_point() or values.is_complex() else values.long()
+            hasher.update(f"{name} {values.dtype} {list(values.shape)};".encode())
+            hasher.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        keys.append((hasher.hexdigest(),))
+    return keys
 
 
 def _padded(windows: Sequence[Sequence[int]], padding: int, length: int) -> dict[str, Tensor]:

@@ -32,10 +32,17 @@ class TaskData:
     Attributes:
         inputs: what the model is called with, by name; tensors [n, ...].
         targets: what its logits are compared with, by name; tensors [n, ...].
+        keys: for each sample the digests of the documents that begin in it, for data whose rows are not what was
+            collected: texts that were packed, or padded to the longest. None: a row is what was collected.
     """
 
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
+    keys: Sequence[tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.keys is not None and len(self.keys) != len(self):
+            raise ValueError(f"{len(self.keys)} keys for {len(self)} samples")
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -43,19 +50,30 @@ class TaskData:
     def batches(self, batch_size: int) -> Iterator[Self]:
         """Consecutive batches in the order of the data; the last may be smaller."""
         for start in range(0, len(self), batch_size):
-            yield self._map(lambda tensor, start=start: tensor[start : start + batch_size])  # type: ignore[misc]
+            rows = slice(start, start + batch_size)
+            yield self._map(
+                lambda tensor, rows=rows: tensor[rows],  # type: ignore[misc]
+                None if self.keys is None else self.keys[rows],
+            )
 
     def subset(self, indices: Sequence[int]) -> Self:
         """The samples at ``indices``, in that order."""
         index = torch.as_tensor(indices, dtype=torch.int64)
-        return self._map(lambda tensor: tensor[index])
+        return self._map(
+            lambda tensor: tensor[index], None if self.keys is None else [self.keys[row] for row in index.tolist()]
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """The same samples on a device."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: tensor.to(device), self.keys)
 
     def sample_digests(self) -> list[str]:
-        """sha256 (hex) of each sample's inputs, without its targets: equal digests are the same sample."""
+        """sha256 (hex) of each sample's inputs, without its targets: equal digests are the same sample.
+
+        Of data with ``keys``: these, one after the other; there may be more or fewer of them than rows.
+        """
+        if self.keys is not None:
+            return [key for keys in self.keys for key in keys]
         hashers = [hashlib.sha256() for _ in range(len(self))]
         for name in sorted(self.inputs):
             tensor = self.inputs[name].cpu()
@@ -66,10 +84,11 @@ class TaskData:
                 hasher.update(row.tobytes())
         return [hasher.hexdigest() for hasher in hashers]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def _map(self, function: Callable[[Tensor], Tensor], keys: Sequence[tuple[str, ...]] | None) -> Self:
         return type(self)(
             {name: function(tensor) for name, tensor in self.inputs.items()},
             {name: function(tensor) for name, tensor in self.targets.items()},
+            keys,
         )
 
 

@@ -9,7 +9,8 @@ from automerge.merging.consensus import weighted_sum
 from automerge.merging.technique import Settings, TensorInputs, scaled_to_sum_one, technique
 
 
-def _shares(settings: Settings) -> dict[str, float]:
+def shares(settings: Settings) -> dict[str, float]:
+    """w / sum(w): the factor of each source."""
     total = math.fsum(settings.weights.values())
     return {name: weight / total for name, weight in settings.weights.items()}
 
@@ -22,7 +23,7 @@ def _canonical(settings: Settings) -> Settings:
     name="linear",
     normalised=True,
     nonzero_weight_sum=True,
-    effective_weights=_shares,
+    effective_weights=shares,
     canonical=_canonical,
     source="Wortsman et al., 'Model soups', https://arxiv.org/abs/2203.05482",
 )

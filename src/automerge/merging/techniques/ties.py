@@ -22,7 +22,8 @@ NORMALIZE = Hyperparameter(
 )
 
 
-def _shares(settings: Settings) -> dict[str, float]:
+def normalised_shares(settings: Settings) -> dict[str, float]:
+    """lambda * w, divided by the sum of the weights under ``normalize``."""
     scaled = scaled_weights(settings)
     total = math.fsum(settings.weights.values())
     if not settings.hyperparameters["normalize"] or total == 0:
@@ -41,7 +42,7 @@ def _canonical(settings: Settings) -> Settings:
     requires_base=True,
     hyperparameters=(DENSITY, LAMBDA, NORMALIZE),
     normalised=True,
-    effective_weights=_shares,
+    effective_weights=normalised_shares,
     effective_note="where all sources agree; an element that was trimmed or lost the election has weight 0, "
     "and under 'normalize' the others of that element share the whole",
     canonical=_canonical,
