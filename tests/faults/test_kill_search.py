@@ -25,7 +25,7 @@ from tests.e2e.tiny import prepare, tiny_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-TRIALS = 24
+TRIALS = 40
 KILLED_AT = 13
 
 # Runs the command line with the search's parts wrapped from outside. Arguments: where to die ('ask': an ask was just

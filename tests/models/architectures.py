@@ -13,7 +13,7 @@ class Tied(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, vocabulary, bias=False)
         self.out.weight = self.embed.weight
-        self.register_buffer("scale", torch.linspace(1, 2, width), persistent=False)
+        self.register_buffer("scale", 1 + torch.arange(width) / width, persistent=False)
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, input_ids: Tensor) -> Tensor:

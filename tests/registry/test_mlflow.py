@@ -222,7 +222,8 @@ def test_a_server_that_does_not_answer_is_said_soon(entry: RegistryEntry, monkey
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    registry = MlflowRegistry(RegistrySpec(uri=f"http://me:hunter2@127.0.0.1:{port}"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{port}")
+    registry = MlflowRegistry(RegistrySpec())
     start = time.monotonic()
     with pytest.raises(RegistryError) as caught:
         registry.register(entry)
