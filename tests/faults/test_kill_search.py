@@ -166,6 +166,8 @@ def signalled(begun: Begun, run: Path, number: signal.Signals) -> "subprocess.Co
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Whoever runs the tests in the background ignores SIGINT, which a child would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while process.poll() is None and not (log.exists() and log.read_bytes().count(b'"event":"tell"') >= 5):

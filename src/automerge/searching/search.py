@@ -6,14 +6,11 @@ its log without repeating a trial, and ends with the same recipe as one that was
 """
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -135,35 +132,12 @@ def search(
             )
             try:
                 loop.replay(optimiser)
-                with _Interrupt() as interrupt:
-                    stopped = loop.run(optimiser, interrupt)
+                stopped = loop.run(optimiser)
             finally:
                 optimiser.close()
     finally:
         store.close()
     return loop.result(stopped)
-
-
-class _Interrupt:
-    """Remembers Ctrl-C: libraries that clear errors of their own can swallow the KeyboardInterrupt on its way."""
-
-    def __init__(self) -> None:
-        self.noticed = False
-        self._before: Any = None
-
-    def __enter__(self) -> "_Interrupt":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.noticed = True
-        raise KeyboardInterrupt
 
 
 class _Loop:
@@ -222,12 +196,10 @@ class _Loop:
                     "resume where the search was begun, or start in another folder",
                 )
 
-    def run(self, optimiser: "Optimiser", interrupt: "_Interrupt") -> str:
+    def run(self, optimiser: "Optimiser") -> str:
         """Ask and evaluate until the budget is spent, the objective stands still, or the user interrupts."""
         try:
             while (stopped := self.finished()) is None:
-                if interrupt.noticed:
-                    raise KeyboardInterrupt
                 if self.pending:
                     ask, optimiser_seconds = self.pending.pop(0)
                 else:
