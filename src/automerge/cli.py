@@ -174,7 +174,7 @@ def search(spec: Path, output: Path | None, resume: bool) -> None:
     from automerge.stages.search import search as stage
 
     loaded, run = _begin(spec, output)
-    with _live_progress(loaded) as progress:
+    with _live_progress() as progress:
         result = stage(loaded, run / "fetch", run / "segment", run / "search", resume=resume, progress=progress)
     click.echo(
         f"best: trial {result.best.number} of {len(result.trials)}, objective {result.best.objective:.4f}; "
@@ -240,7 +240,7 @@ def run(spec: Path, output: Path | None, resume: bool) -> None:
     from automerge.stages.run import run as run_stages
 
     loaded, folder = _begin(spec, output)
-    with _live_progress(loaded) as progress:
+    with _live_progress() as progress:
         outcome = run_stages(loaded, folder, resume=resume, progress=progress)
     if outcome.search.stopped == "interrupted":
         click.echo("interrupted: nothing is lost; go on with --resume", err=True)
@@ -273,10 +273,8 @@ def _lower_first(text: str) -> str:
 
 
 @contextmanager
-def _live_progress(spec: Spec) -> "Iterator[Callable[[SearchProgress], None]]":
+def _live_progress() -> "Iterator[Callable[[SearchProgress], None]]":
     """A live line on a terminal (trial, best, time left, CP by task); elsewhere one log line for every tenth trial."""
-    import logging
-
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -287,15 +285,11 @@ def _live_progress(spec: Spec) -> "Iterator[Callable[[SearchProgress], None]]":
         TimeRemainingColumn,
     )
 
+    from automerge.stages.process import best_text, log_progress
+
     console = Console(stderr=True)
     if not console.is_terminal:
-        log = logging.getLogger("automerge.search")
-
-        def line(event: "SearchProgress") -> None:
-            if not event.replayed and (event.done % 10 == 0 or event.done == event.total):
-                log.info("trial %d of %d, %s", event.done, event.total, _best_text(event))
-
-        yield line
+        yield log_progress
         return
     columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
@@ -304,13 +298,6 @@ def _live_progress(spec: Spec) -> "Iterator[Callable[[SearchProgress], None]]":
         def update(event: "SearchProgress") -> None:
             if not handle:
                 handle.append(bar.add_task("", total=event.total))
-            bar.update(handle[0], completed=event.done, description=_best_text(event))
+            bar.update(handle[0], completed=event.done, description=best_text(event))
 
         yield update
-
-
-def _best_text(event: "SearchProgress") -> str:
-    if event.best is None or event.best.objective is None:
-        return "no trial succeeded yet"
-    cp = ", ".join(f"{task} {value:.3f}" for task, value in event.best.cp.items())
-    return f"best {event.best.objective:.4f} (CP {cp})"

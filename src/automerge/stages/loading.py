@@ -120,13 +120,13 @@ class Loaded:
             for task in self.inputs.spec.tasks
         }
 
-    def recipe(self, segmentation: Segmentation, blocks: Sequence[RecipeBlock], *, uses_base: bool = True) -> Recipe:
+    def recipe(self, segmentation: Segmentation, blocks: Sequence[RecipeBlock]) -> Recipe:
         """A recipe of these inputs with the given blocks."""
         digests = self.inputs.manifest.digests()
         spec = self.inputs.spec
         return Recipe(
             release=version("automerge-models"),
-            base=InputDigest(name=BASE, digest=digests[BASE]) if spec.base is not None and uses_base else None,
+            base=InputDigest(name=BASE, digest=digests[BASE]) if spec.base is not None else None,
             sources=[InputDigest(name=source.name, digest=digests[source.name]) for source in spec.sources],
             seed=spec.search.seed,
             dtype=spec.merge.dtype,

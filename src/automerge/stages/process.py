@@ -49,11 +49,13 @@ def stage_process() -> Iterator[None]:
 
 def log_progress(event: "SearchProgress") -> None:
     """Log one line for every tenth trial of a search, and for the last."""
-    if event.replayed or (event.done % LOG_EVERY_TRIALS and event.done != event.total):
-        return
-    best = event.best
-    if best is None or best.objective is None:
-        log.info("trial %d of %d, none has succeeded yet", event.done, event.total)
-        return
-    cp = ", ".join(f"{task} {value:.3f}" for task, value in best.cp.items())
-    log.info("trial %d of %d, best objective %.4f (CP: %s)", event.done, event.total, best.objective, cp)
+    if not event.replayed and (event.done % LOG_EVERY_TRIALS == 0 or event.done == event.total):
+        log.info("trial %d of %d, %s", event.done, event.total, best_text(event))
+
+
+def best_text(event: "SearchProgress") -> str:
+    """The best objective so far, and its capability preservation by task, in a few words."""
+    if event.best is None or event.best.objective is None:
+        return "none has succeeded yet"
+    cp = ", ".join(f"{task} {value:.3f}" for task, value in event.best.cp.items())
+    return f"best objective {event.best.objective:.4f} (CP: {cp})"
