@@ -31,7 +31,7 @@ from automerge.preservation import Measurement, MetricInfo, Role, TaskInfo, pres
 from automerge.searching.evaluator import MeasuredTask, RecipeEvaluator, mean_losses
 from automerge.searching.trial import capability_preservation, harmonic_mean
 from automerge.segmenting.segmentation import Segmentation
-from automerge.spec import Spec, load_spec
+from automerge.spec import PAPER_TECHNIQUES, Spec, load_spec
 from automerge.stages.documents import RECIPE, SEGMENTATION
 from automerge.stages.fetch import fetch
 from automerge.stages.inputs import Inputs
@@ -42,7 +42,6 @@ from automerge.tasks.run import evaluate_task
 from automerge.tasks.task import Scores
 from digits.train import prepare
 
-TECHNIQUES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -81,7 +80,7 @@ def run_seed(folder: Path, seed: int, trials: int) -> dict[str, dict[str, float]
     segmentation = Segmentation.read(folder / "whole" / SEGMENTATION)
     merger = ResidentMerger(loaded.base, loaded.sources, device)
     heads = loaded.heads(loaded.shared("low"))
-    for technique in TECHNIQUES:
+    for technique in PAPER_TECHNIQUES:
         recipes[technique] = _uniform(loaded, segmentation, technique, 0.5, 0.65)
     recipes["grid"] = _best_of_grid(loaded, segmentation, merger, heads)
     return _measure(loaded, merger, heads, recipes)
@@ -191,14 +190,14 @@ def _measure(
 
 def markdown(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
     """A table: mean PR / worst-task PR / PD by way of merging and seed, and the means over the seeds."""
-    ways = ["search", "whole", "grid", *TECHNIQUES]
+    ways = ["search", "whole", "grid", *PAPER_TECHNIQUES]
     lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |", "|---" * (len(seeds) + 2) + "|"]
     for way in ways:
         rows = [seeds[seed][way] for seed in seeds]
         cells = [_cell(row) for row in rows]
         mean = _cell({key: sum(row[key] for row in rows) / len(rows) for key in ("mean", "worst", "pd")})
         lines.append(f"| {way} | " + " | ".join([*cells, mean]) + " |")
-    best_single = [max((seeds[seed][name] for name in TECHNIQUES), key=lambda row: row["mean"]) for seed in seeds]
+    best_single = [max((seeds[seed][name] for name in PAPER_TECHNIQUES), key=lambda row: row["mean"]) for seed in seeds]
     mean = _cell({key: sum(row[key] for row in best_single) / len(best_single) for key in ("mean", "worst", "pd")})
     lines.append("| best single, chosen on test data | " + " | ".join([*map(_cell, best_single), mean]) + " |")
     return "\n".join(lines)

@@ -133,6 +133,9 @@ class SegmentationSpec(SpecModel):
     )
 
 
+PAPER_TECHNIQUES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+"""The five of arXiv 2601.22748: what a search chooses from by default, and the baselines of every evaluation."""
+
 DEFAULT_EPSILON = 0.3
 """Nats. At a loss of 0.3 the right answer still has a probability of 0.74: below lies confidence, not capability.
 
@@ -160,7 +163,7 @@ class SearchSpec(SpecModel):
     trials: int = Field(default=200, ge=1, description="Evaluations, the initial ones included.")
     initial: int = Field(default=20, ge=1, description="Sobol points before the surrogate is used.")
     techniques: list[str] = Field(
-        default_factory=lambda: ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"],
+        default_factory=lambda: list(PAPER_TECHNIQUES),
         min_length=1,
         description="Techniques to choose from, for each block.",
     )

@@ -166,7 +166,7 @@ class _Loop:
             if isinstance(event, Ask):
                 self.pending.append((event, 0.0))
             else:
-                self.pending = [(ask, cost) for ask, cost in self.pending if ask.number != event.trial.number]
+                self.pending = [(ask, seconds) for ask, seconds in self.pending if ask.number != event.trial.number]
                 self._record(event.trial, replayed=True)
         if self.store.events:
             log.info("resumed: %d trials from the log, %d in flight", len(self.trials), len(self.pending))

@@ -34,7 +34,7 @@ from automerge.report.report import write_report
 from automerge.searching.evaluator import MeasuredTask
 from automerge.searching.store import read_trials
 from automerge.segmenting.segmentation import Block, Segmentation
-from automerge.spec import Spec
+from automerge.spec import PAPER_TECHNIQUES, Spec
 from automerge.stages.documents import EVALUATION, MERGED, RECIPE, REPORT, TRIALS, Manifest, Merged
 from automerge.stages.inputs import Inputs
 from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
@@ -46,9 +46,6 @@ log = logging.getLogger(__name__)
 
 BASELINE_DENSITY = 0.65
 """Density of the single-technique baselines: the paper's default. Their weights are equal: its 0.5 for two sources."""
-
-PAPER_TECHNIQUES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-"""Always among the baselines where they fit the inputs, whatever the search chooses from."""
 
 ONNX_SAMPLES = 512
 """Most validation samples of a task on which the ONNX file is compared with torch."""

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from automerge.checkpoint.digest import sha256_file
+from automerge.checkpoint.layout import INDEX_FILE
 from automerge.checkpoint.open import open_checkpoint
 from automerge.merging.recipe import Recipe
 from automerge.merging.streamed import merge_checkpoints
@@ -49,7 +50,7 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
             copy = folder / companion.name
             shutil.copyfile(companion, copy)
             written.append(copy)
-        index = folder / "model.safetensors.index.json"
+        index = folder / INDEX_FILE
         if index.exists():
             written.append(index)
         with open_checkpoint(folder) as merged:

@@ -8,16 +8,10 @@ from hypothesis import strategies as st
 
 from automerge.merging.technique import Settings, TensorInputs, canonical_settings, load_technique
 from automerge.testing.techniques import check_technique
+from tests.merging.techniques.inputs import make_inputs
 
 iso_c = load_technique("iso_c")
 task_arithmetic = load_technique("task_arithmetic")
-
-
-def make_inputs(count, shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(shape, generator=generator).to(dtype)
-    sources = [base + 0.1 * torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
-    return TensorInputs("w", [f"s{i}" for i in range(count)], base, sources)
 
 
 def reference(inputs, weights, lambda_):
