@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(wildcard src/automerge/merging/kernels/*.[ch])
+MERGEKIT_VENV := .venv-mergekit
+MERGEKIT_STAMP := $(MERGEKIT_VENV)/.installed
+MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test test-system lint format schemas pipeline clean
+.PHONY: help install demo test test-system test-mergekit lint format schemas pipeline clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(KERNELS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
@@ -21,11 +25,22 @@ demo: $(STAMP) ## Merge two real digit classifiers, from S3 to the registry, and
 	@$(BIN)/python examples/digits/demo.py
 
 test: $(STAMP) ## Run the tests (no root, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system and not mergekit'
 
 test-system: $(STAMP) ## Run the tests that need root and Debian packages, which are installed first
 	bash tests/system/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
+
+$(MERGEKIT_STAMP): $(MERGEKIT_PINS)
+	@test -x $(MERGEKIT_VENV)/bin/python || $(PYTHON) -m venv $(MERGEKIT_VENV)
+	@echo "Installing into $(MERGEKIT_VENV) (a minute the first time) ..."
+	@$(MERGEKIT_VENV)/bin/pip install --quiet --disable-pip-version-check $(MERGEKIT_PINS:%=--constraint %) \
+		torch transformers accelerate peft immutables click tqdm
+	@$(MERGEKIT_VENV)/bin/pip install --quiet --disable-pip-version-check $(MERGEKIT_PINS:%=--constraint %) --no-deps mergekit
+	@touch $@
+
+test-mergekit: $(STAMP) $(MERGEKIT_STAMP) ## Compare the merged tensors with mergekit's, which gets an environment of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mergekit tests/conformance/mergekit
 
 lint: $(STAMP) ## Linters, types, import contracts
 	$(BIN)/ruff check .
@@ -44,5 +59,5 @@ pipeline: $(STAMP) ## Compile pipelines/merge_pipeline.yaml
 	$(BIN)/python -m pipelines.merge_pipeline
 
 clean: ## Remove the environment and everything made here
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info mlflow.db mlartifacts
+	rm -rf $(VENV) $(MERGEKIT_VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info src/automerge/merging/kernels/libkernels.so mlflow.db mlartifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

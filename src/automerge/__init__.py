@@ -13,9 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from automerge.errors import AutoMergeError
-from automerge.spec import Spec, load_spec, parse_spec
 
 if TYPE_CHECKING:
+    from automerge.spec import Spec, load_spec, parse_spec
     from automerge.stages.evaluate import evaluate
     from automerge.stages.fetch import fetch
     from automerge.stages.merge import merge
@@ -38,10 +38,13 @@ __all__ = [
     "segment",
 ]
 
+_SPEC = ("Spec", "load_spec", "parse_spec")
 _STAGES = ("evaluate", "fetch", "merge", "register", "run", "search", "segment")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SPEC:
+        return getattr(import_module("automerge.spec"), name)
     if name in _STAGES:
         return getattr(import_module(f"automerge.stages.{name}"), name)
     raise AttributeError(f"module 'automerge' has no attribute {name!r}")

@@ -17,11 +17,11 @@ import click
 
 from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, SpecError
-from automerge.spec import Spec, json_schema, load_spec
 from automerge.telemetry.logs import configure_logs, redact
 
 if TYPE_CHECKING:
     from automerge.searching.search import SearchProgress
+    from automerge.spec import Spec
 
 GATE_FAILED = 3
 """Exit code of a run whose merged model the quality gate refused."""
@@ -103,6 +103,7 @@ def init(path: Path) -> None:
 @_SPEC
 def validate(spec: Path) -> None:
     """Check a spec: its form, and that every plug-in, loss and metric in it exists."""
+    from automerge.spec import load_spec
     from automerge.stages.inputs import check_plugins
 
     loaded = load_spec(spec)
@@ -116,6 +117,8 @@ def validate(spec: Path) -> None:
 def schema(folder: Path | None) -> None:
     """Print the spec's JSON schema, or write those of all documents."""
     if folder is None:
+        from automerge.spec import json_schema
+
         click.echo(json.dumps(json_schema(), indent=2))
         return
     from automerge.stages.schemas import write_schemas
@@ -156,7 +159,7 @@ def segment(spec: Path, output: Path | None, granularity: str | None) -> None:
     if granularity is None or granularity == loaded.segmentation.granularity:
         print_segmentation(stage(loaded, run / "fetch", run / "segment"))
         return
-    other = Spec.model_validate({**loaded.model_dump(), "segmentation": {"granularity": granularity}})
+    other = type(loaded).model_validate({**loaded.model_dump(), "segmentation": {"granularity": granularity}})
     with tempfile.TemporaryDirectory() as elsewhere:  # the later stages take what lies in the run's folder
         print_segmentation(stage(other, run / "fetch", Path(elsewhere)))
     click.echo(
@@ -198,6 +201,63 @@ def merge(spec: Path, output: Path | None, recipe: Path | None) -> None:
     loaded, run = _begin(spec, output)
     merged = stage(loaded, run / "fetch", recipe or run / "search" / "recipe.json", run / "merge")
     click.echo(f"merged {merged.parameter_count:,} parameters into {run / 'merge'} (digest {merged.weights[:16]})")
+
+
+@cli.command()
+@click.option("--recipe", type=click.Path(path_type=Path), help="Merge by this recipe.json ...")
+@click.option("--technique", help="... or by this technique, the same for all tensors.")
+@click.option("--base", type=click.Path(path_type=Path), help="The sources' common ancestor: a weight file or folder.")
+@click.option(
+    "--source", "sources", multiple=True, required=True, metavar="NAME=PATH", help="A source; once for each, in order."
+)
+@click.option("--weight", "weights", multiple=True, metavar="NAME=WEIGHT", help="With --technique: of each source.")
+@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="With --technique: a hyperparameter.")
+@click.option("--private", multiple=True, metavar="PATTERN", help="With --technique: tensors that are not merged.")
+@click.option("--dtype", type=click.Choice(["same", "float32", "float16", "bfloat16"]), help="With --technique.")
+@click.option("--seed", type=click.IntRange(min=0), help="With --technique: of random masks.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where to write.")
+@click.option("--max-shard-bytes", type=click.IntRange(min=1), help="Largest size of one weight file.")
+@click.option("--threads", type=click.IntRange(min=1), help="By default one for each processor.")
+@click.option(
+    "--no-verify", is_flag=True, help="Do not read the inputs once more to check (or to record) their digests."
+)
+def apply(
+    recipe: Path | None,
+    technique: str | None,
+    base: Path | None,
+    sources: tuple[str, ...],
+    weights: tuple[str, ...],
+    values: tuple[str, ...],
+    private: tuple[str, ...],
+    dtype: str | None,
+    seed: int | None,
+    output: Path,
+    max_shard_bytes: int | None,
+    threads: int | None,
+    no_verify: bool,
+) -> None:
+    """Merge checkpoints on disk by a recipe or one technique: no spec, no data, no model code.
+
+    The files are read and written piece by piece, in memory that does not grow with the model.
+    """
+    from automerge.stages.apply import apply_command
+
+    written = apply_command(
+        recipe=recipe,
+        technique=technique,
+        base=base,
+        sources=_pairs("--source", sources),
+        weights=_pairs("--weight", weights),
+        values=_pairs("--set", values),
+        private=private,
+        dtype=dtype,
+        seed=seed,
+        output=output,
+        max_shard_bytes=max_shard_bytes,
+        threads=threads,
+        verify=not no_verify,
+    )
+    click.echo(f"merged into {output}: {', '.join(path.name for path in written)}")
 
 
 @cli.command()
@@ -253,7 +313,9 @@ def run(spec: Path, output: Path | None, resume: bool) -> None:
     click.echo(f"{state}: {outcome.registration.model} version {outcome.registration.version}")
 
 
-def _begin(spec: Path, output: Path | None) -> tuple[Spec, Path]:
+def _begin(spec: Path, output: Path | None) -> "tuple[Spec, Path]":
+    from automerge.spec import load_spec
+
     loaded = load_spec(spec)
     folder = output if output is not None else Path("runs") / loaded.name
     try:
@@ -266,6 +328,19 @@ def _begin(spec: Path, output: Path | None) -> tuple[Spec, Path]:
             "name another one with --output",
         ) from None
     return loaded, folder
+
+
+def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE texts as a dictionary."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not (separator and name and value):
+            raise click.UsageError(f"{option} {text!r} is not of the form NAME=VALUE")
+        if name in pairs:
+            raise click.UsageError(f"{option} names {name!r} twice")
+        pairs[name] = value
+    return pairs
 
 
 def _lower_first(text: str) -> str:

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from automerge.documents import digest_of
 from automerge.errors import SpecError
 from automerge.plugins import nearest
+from automerge.secrets import SECRET_NAME
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -224,7 +225,30 @@ class MergeSpec(SpecModel):
     integer_buffers: Literal["error", "base"] = Field(
         default="error", description="What to do with integer or boolean buffers that differ between the sources."
     )
+    recalibrate: bool | None = Field(
+        default=None,
+        description="After the search, measure the BatchNorm statistics of the merged model on validation data, and "
+        "keep them if the objective is not lower; by default off in preset 'paper', on otherwise.",
+    )
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1_000_000, description="Largest size of one weight file.")
+    vocabulary: Literal["error", "base", "largest"] = Field(
+        default="error",
+        description="What to do where tokens were added, so that embeddings differ in their number of rows: refuse; "
+        "keep the base's rows; or keep those of the largest vocabulary.",
+    )
+    vocabulary_tensors: list[str] = Field(
+        default_factory=list,
+        description="Glob patterns of the tensors with one row per token; by default the input and output embeddings "
+        "that the model names.",
+    )
+
+    @model_validator(mode="after")
+    def _vocabulary(self) -> Self:
+        if self.vocabulary_tensors and self.vocabulary == "error":
+            raise ValueError(
+                "vocabulary_tensors: has no effect while vocabulary is 'error'; set vocabulary to 'base' or 'largest'"
+            )
+        return self
 
 
 class EvaluationSpec(SpecModel):
@@ -309,6 +333,10 @@ class Spec(SpecModel):
                 "search.weight_range: with simplex weights a range is for two sources; leave it out, or set "
                 "'weights: independent'"
             )
+        if self.merge.vocabulary == "base" and self.base is None:
+            raise ValueError(
+                "merge.vocabulary: 'base' keeps the base's rows, and the spec names no base; set 'largest'"
+            )
         for index, task in enumerate(self.tasks):
             if task.specialist is not None and task.specialist not in names:
                 remedy = nearest(task.specialist, names)
@@ -316,6 +344,11 @@ class Spec(SpecModel):
             if task.guard and self.base is None:
                 raise ValueError(f"tasks.{index}.guard: a guard task's reference is the base, and the spec names none")
         return self
+
+    @property
+    def recalibrates(self) -> bool:
+        """``merge.recalibrate``, or the search preset's."""
+        return self.merge.recalibrate if self.merge.recalibrate is not None else self.search.preset != "paper"
 
     @property
     def registered_model(self) -> str:
@@ -422,8 +455,6 @@ def _syntax(error: Exception) -> str:
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_KEY", re.IGNORECASE)
-"""Matches the names of environment variables that hold secrets: no spec may use one, no log shows its value."""
 
 
 def _substitute(value: Any, environment: Mapping[str, str], where: str, path: str) -> Any:

@@ -37,6 +37,18 @@ def _dead(inputs, weights, *, strength):
     return inputs.sources[0]
 
 
+def _blind(inputs, weights):
+    return inputs.sources[0]
+
+
+def _needs_statistics(inputs, weights):
+    return inputs.sources[0] * inputs.statistics["fisher"][0]
+
+
+def _changes_statistics(inputs, weights):
+    return inputs.sources[0] * (inputs.statistics["fisher"][0].add_(1) if inputs.statistics else 2)
+
+
 def _needs_base(inputs, weights):
     return inputs.deltas[0]
 
@@ -58,11 +70,19 @@ def _needs_base(inputs, weights):
             "is another merge",
         ),
         (_needs_base, {}, "no base"),
+        (_blind, {"statistics": ("fisher",)}, "they have no effect"),
+        (_changes_statistics, {"statistics": ("fisher",)}, "two results"),
     ],
 )
 def test_the_suite_finds_what_is_wrong(function, declared, problem):
     bad = technique(name="bad", source="nowhere", **declared)(function)
     with pytest.raises(NonConformingError, match=problem):
+        check_technique(bad)
+
+
+def test_a_technique_that_cannot_do_without_statistics_is_found():
+    bad = technique(name="bad", source="nowhere", statistics=("fisher",))(_needs_statistics)
+    with pytest.raises(NonConformingError, match="it fails without statistics"):
         check_technique(bad)
 
 

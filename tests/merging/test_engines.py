@@ -1,6 +1,7 @@
 """Streamed and resident: the same bytes from the same recipe, ties and private tensors kept, all or nothing."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from automerge.checkpoint.open import open_checkpoint
 from automerge.errors import MergeError, StorageError
+from automerge.merging import elementwise
+from automerge.merging.apply import merge_tensor
 from automerge.merging.recipe import InputDigest, Recipe, RecipeBlock
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.streamed import merge_checkpoints
 from automerge.merging.technique import load_technique
 
 BIG = 1 << 40
+ELEMENTWISE = [
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+]
 
 
 def draw(seed, dtype=torch.float32, count=100):
@@ -104,6 +116,78 @@ def test_both_engines_give_the_same_bytes(tmp_path_factory, technique, dtype, ou
     assert (merged["bn.running_var"] >= 0).all()
 
 
+@st.composite
+def models(draw):
+    """Shapes by name, a dtype for each checkpoint, and to which of some shards each tensor goes."""
+    shapes = draw(st.lists(st.lists(st.integers(0, 130), max_size=3).map(tuple), min_size=1, max_size=4))
+    sources = draw(st.integers(1, 4))
+    dtypes = draw(st.lists(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), min_size=5, max_size=5))
+    shards = draw(st.lists(st.integers(0, 2), min_size=4, max_size=4))
+    limited = [shape if torch.Size(shape).numel() <= 20_000 else (7, 1999) for shape in shapes]
+    return {f"t{index}": shape for index, shape in enumerate(limited)}, dtypes[: sources + 1], shards
+
+
+def save_shards(folder: Path, state, shards):
+    """Tensors in files of any name and order, which only the index brings together."""
+    folder.mkdir(parents=True)
+    places = {name: f"part-{shard}.safetensors" for name, shard in zip(state, shards, strict=False)}
+    for file in sorted(set(places.values())):
+        save_file({name: tensor for name, tensor in state.items() if places[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return open_checkpoint(folder)
+
+
+@given(
+    models(),
+    st.sampled_from(ELEMENTWISE),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.lists(st.floats(-1, 1.5).filter(lambda weight: abs(weight) > 0.01), min_size=4, max_size=4),
+    st.floats(0.02, 1.0),
+    st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=60)
+def test_engines_threads_and_shards_give_the_bytes_of_the_reference(
+    tmp_path_factory, model, technique, output, weights, density, seed
+):
+    shapes, dtypes, shards = model
+    folder = tmp_path_factory.mktemp("merge")
+    generator = torch.Generator().manual_seed(seed)
+    shared = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    names = ["base", *(f"s{index}" for index in range(len(dtypes) - 1))]
+    states = {
+        name: {each: (of + 0.1 * torch.randn(of.shape, generator=generator)).to(dtype) for each, of in shared.items()}
+        for name, dtype in zip(names, dtypes, strict=True)
+    }
+    checkpoints = {
+        name: save_shards(folder / name, state, shards[at % 4 :] + shards[: at % 4])
+        for at, (name, state) in enumerate(states.items())
+    }
+    changes = {"density": density} if technique not in ("linear", "task_arithmetic") else {}
+    named = dict(zip(names[1:], [abs(each) for each in weights] if technique == "linear" else weights, strict=False))
+    block = make_block(technique, sorted(shapes), named, **changes)
+    recipe = make_recipe(checkpoints, [block], dtype=output, seed=seed)
+    base = states.pop("base")
+    expected = {
+        name: merge_tensor(
+            name, block, base[name], {each: state[name] for each, state in states.items()}, seed=seed, dtype=output
+        )
+        for name in shapes
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elementwise, "TILE", 2048)
+        for threads in (1, 2):
+            files = streamed(recipe, checkpoints, folder / f"out{threads}", threads=threads)
+            assert_same_bytes({name: tensor for file in files for name, tensor in load_file(file).items()}, expected)
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                live = {name: torch.full_like(tensor, 9) for name, tensor in expected.items()}
+                ResidentMerger(base, states, "cpu").apply(recipe, live)
+            finally:
+                torch.set_num_threads(before)
+            assert_same_bytes(live, expected)
+
+
 @pytest.mark.parametrize("technique", ["linear", "ties", "dare_ties"])
 def test_threads_and_shards_do_not_change_the_bytes(tmp_path, technique):
     names = ["base", "a", "b"]
@@ -117,7 +201,7 @@ def test_threads_and_shards_do_not_change_the_bytes(tmp_path, technique):
             torch.set_num_threads(count)
             sources = {"b": checkpoints["b"], "a": checkpoints["a"]}
             files = merge_checkpoints(
-                recipe, checkpoints["base"], sources, tmp_path / f"out{count}", max_shard_bytes=shard
+                recipe, checkpoints["base"], sources, tmp_path / f"out{count}", max_shard_bytes=shard, threads=count
             )
             results.append({name: tensor for file in files for name, tensor in load_file(file).items()})
     finally:

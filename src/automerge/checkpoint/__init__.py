@@ -5,13 +5,14 @@ from automerge.checkpoint.digest import checkpoint_digest, sha256_file
 from automerge.checkpoint.header import Header, parse_header, read_header
 from automerge.checkpoint.info import TensorInfo, info_of
 from automerge.checkpoint.layout import peek_tensors
-from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.checkpoint.open import Checkpoint, Extent, open_checkpoint
 from automerge.checkpoint.write import MAX_SHARD_BYTES, CheckpointWriter
 
 __all__ = [
     "MAX_SHARD_BYTES",
     "Checkpoint",
     "CheckpointWriter",
+    "Extent",
     "Header",
     "TensorInfo",
     "check_compatibility",

@@ -18,6 +18,7 @@ def check_compatibility(
     *,
     tied: Mapping[str, str] | None = {},
     allow_mixed_floats: bool = False,
+    vocabulary: Sequence[str] | None = (),
 ) -> None:
     """Check that every checkpoint has the same tensors as the reference, private parameters aside.
 
@@ -30,6 +31,8 @@ def check_compatibility(
             that is not known yet: a name that one side lacks is then let pass if that side has another tensor of its
             dtype and shape, with which it may be tied.
         allow_mixed_floats: accept two floating-point dtypes for one tensor.
+        vocabulary: names of the tensors that may differ in their first dimension; None where they are not known yet:
+            then any may.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape or dtype; names the first ten of each kind
@@ -37,6 +40,7 @@ def check_compatibility(
     """
     expected = _untied(shared_tensors(reference, private), tied)
     problems = []
+    rows_differ = False
     for label, tensors in others.items():
         found = _untied(shared_tensors(tensors, private), tied)
         missing = [f"{name} is missing" for name in _lacking(found, expected, tied)]
@@ -46,7 +50,9 @@ def check_compatibility(
             if name not in found:
                 continue
             want, have = expected[name], found[name]
-            if have.shape != want.shape:
+            same_rows = have.shape[1:] == want.shape[1:] and len(have.shape) == len(want.shape)
+            if have.shape != want.shape and not (same_rows and (vocabulary is None or name in vocabulary)):
+                rows_differ |= same_rows
                 shapes.append(f"{name} has shape {list(have.shape)}, expected {list(want.shape)}")
             elif have.dtype != want.dtype and not (
                 allow_mixed_floats and have.is_floating_point and want.is_floating_point
@@ -65,11 +71,13 @@ def check_compatibility(
                 + "; ".join(parts)
             )
     if problems:
-        raise CheckpointError(
-            ". ".join(problems),
+        remedy = (
             "merge checkpoints of one architecture, and declare what only one of them has in this form as private "
-            "parameters",
+            "parameters"
         )
+        if rows_differ:
+            remedy += "; where tokens were added, say with merge.vocabulary how many rows to keep"
+        raise CheckpointError(". ".join(problems), remedy)
 
 
 def shared_tensors(tensors: Mapping[str, TensorInfo], private: Sequence[str]) -> dict[str, TensorInfo]:

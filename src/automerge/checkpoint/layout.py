@@ -15,6 +15,10 @@ Kind = Literal["safetensors", "torch"]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+#: The two files of a PEFT adapter; its weights may be a PyTorch file instead.
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
 _TORCH_SINGLE_FILE = "pytorch_model.bin"
 _TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 _KINDS: dict[str, Kind] = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch"}
@@ -26,7 +30,7 @@ class Layout:
 
     Attributes:
         kind: the format of all the files.
-        files: their names relative to the folder, sorted.
+        files: their names relative to the folder, sorted; those of an adapter begin with its configuration.
         weight_map: the index's file by tensor name; None without an index.
     """
 
@@ -34,13 +38,27 @@ class Layout:
     files: tuple[str, ...]
     weight_map: Mapping[str, str] | None = None
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether they are a LoRA adapter's, which means nothing without its base."""
+        return ADAPTER_CONFIG in self.files
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether a folder with these files holds a LoRA adapter in PEFT's format, and not the weights of a model."""
+    return any(name in names for name in _ADAPTER_FILES)
+
 
 def kind_of(name: str, where: str) -> Kind:
     """The format of a weight file by its suffix.
 
     Raises:
-        CheckpointError: the suffix is not one of a weight file.
+        CheckpointError: the suffix is not one of a weight file, or it is an adapter's, which is a folder.
     """
+    if PurePosixPath(name).name in _ADAPTER_FILES:
+        raise CheckpointError(
+            f"{where}: the weights of an adapter, which mean nothing without {ADAPTER_CONFIG}", "pass its folder"
+        )
     kind = _KINDS.get(PurePosixPath(name).suffix)
     if kind is None:
         raise CheckpointError(f"{where}: not a weight file", f"pass a file that ends in {', '.join(_KINDS)}")
@@ -50,9 +68,9 @@ def kind_of(name: str, where: str) -> Kind:
 def find_layout(names: Collection[str], read: Callable[[str], bytes], where: str) -> Layout:
     """Find the weight files among the files of a folder.
 
-    In this order: ``model.safetensors``; the shards of ``model.safetensors.index.json``; ``pytorch_model.bin``; the
-    shards of ``pytorch_model.bin.index.json``; the only ``.safetensors`` file; the only ``.pt``, ``.pth`` or ``.bin``
-    file.
+    Those of a LoRA adapter, if there is one. Else in this order: ``model.safetensors``; the shards of
+    ``model.safetensors.index.json``; ``pytorch_model.bin``; the shards of ``pytorch_model.bin.index.json``; the only
+    ``.safetensors`` file; the only ``.pt``, ``.pth`` or ``.bin`` file.
 
     Args:
         names: names relative to the folder of all files in it.
@@ -61,8 +79,10 @@ def find_layout(names: Collection[str], read: Callable[[str], bytes], where: str
 
     Raises:
         CheckpointError: there are no weights, it is not clear which files they are, or the index is invalid, names a
-            file outside the folder or one that is not there.
+            file outside the folder or one that is not there; or an adapter is not whole.
     """
+    if is_adapter(names):
+        return _adapter(names, where)
     if SINGLE_FILE in names:
         return Layout("safetensors", (SINGLE_FILE,))
     if INDEX_FILE in names:
@@ -108,7 +128,10 @@ def check_index(layout: Layout, tensors: Mapping[str, Collection[str]], where: s
 
 
 def peek_tensors(
-    sizes: Mapping[str, int], read: Callable[[str, int, int], bytes], where: str
+    sizes: Mapping[str, int],
+    read: Callable[[str, int, int], bytes],
+    where: str,
+    base: Mapping[str, TensorInfo] | None = None,
 ) -> dict[str, TensorInfo] | None:
     """Read dtypes and shapes of a checkpoint that is not here yet, from the index and the headers alone.
 
@@ -116,14 +139,19 @@ def peek_tensors(
         sizes: bytes of every file of the folder by relative name, or of the one file.
         read: reads the bytes ``start`` to ``stop`` of a file: ``read(name, start, stop)``.
         where: names the checkpoint in errors.
+        base: the base's tensors, where they are known; an adapter has those and its own.
 
     Returns:
-        Dtype and shape by name, in sorted name order; None for PyTorch files, which have no header.
+        Dtype and shape by name, in sorted name order; None for PyTorch files, which have no header, and for an adapter
+        whose base is not known.
 
     Raises:
-        CheckpointError: as :func:`find_layout` and :func:`~automerge.checkpoint.header.parse_header`.
+        CheckpointError: as :func:`find_layout` and :func:`~automerge.checkpoint.header.parse_header`; an adapter that
+            is not supported or does not fit the base.
     """
     layout = find_layout(sizes, lambda name: read(name, 0, sizes[name]), where)
+    if layout.is_adapter:
+        return _peek_adapter(layout, sizes, read, where, base)
     if layout.kind == "torch":
         return None
     headers = {
@@ -136,6 +164,42 @@ def peek_tensors(
 
 
 _GET = "get the checkpoint again from where it came"
+
+# A configuration is read whole before anything else is known of it; a real one has a few kilobytes.
+_MAX_CONFIG_BYTES = 10_000_000
+
+
+def _adapter(names: Collection[str], where: str) -> Layout:
+    if ADAPTER_CONFIG not in names:
+        raise CheckpointError(f"{where}: holds the weights of an adapter and no {ADAPTER_CONFIG}", _GET)
+    full = [name for name in (SINGLE_FILE, INDEX_FILE, _TORCH_SINGLE_FILE, _TORCH_INDEX_FILE) if name in names]
+    if full:
+        raise CheckpointError(
+            f"{where}: holds both the weights of a model ({full[0]}) and an adapter, so it is not clear which is meant",
+            "pass a folder with one of them",
+        )
+    weights = next(name for name in _ADAPTER_FILES if name in names)
+    return Layout(_KINDS[PurePosixPath(weights).suffix], (ADAPTER_CONFIG, weights))
+
+
+def _peek_adapter(
+    layout: Layout,
+    sizes: Mapping[str, int],
+    read: Callable[[str, int, int], bytes],
+    where: str,
+    base: Mapping[str, TensorInfo] | None,
+) -> dict[str, TensorInfo] | None:
+    from automerge.checkpoint.adapter import plan_updates, read_config, updated_infos
+
+    config_size = sizes[ADAPTER_CONFIG]
+    if config_size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{where}/{ADAPTER_CONFIG}: has {config_size} bytes, which no configuration has", _GET)
+    config = read_config(read(ADAPTER_CONFIG, 0, config_size), f"{where}/{ADAPTER_CONFIG}")
+    if layout.kind == "torch" or base is None:
+        return None
+    weights = layout.files[1]
+    header = parse_header(lambda start, stop: read(weights, start, stop), sizes[weights], f"{where}/{weights}")
+    return updated_infos(plan_updates(config, header.tensors, base, where), header.tensors, base)
 
 
 def _sharded(kind: Kind, names: Collection[str], text: bytes, where: str) -> Layout:

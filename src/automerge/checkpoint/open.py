@@ -1,5 +1,7 @@
 """Checkpoints are opened lazily: names, dtypes and shapes at once, each tensor's data when it is read."""
 
+from __future__ import annotations
+
 import pickle
 import re
 import threading
@@ -7,18 +9,28 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
-
-import safetensors
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from automerge.checkpoint.digest import checkpoint_digest, sha256_file
 from automerge.checkpoint.header import read_header
 from automerge.checkpoint.info import ITEM_BYTES, TensorInfo, info_of
 from automerge.checkpoint.layout import Layout, check_index, find_layout, kind_of
 from automerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the bytes of a tensor lie: row-major and little-endian, without gaps."""
+
+    file: Path
+    begin: int
+    nbytes: int
 
 
 class Checkpoint(ABC):
@@ -55,6 +67,10 @@ class Checkpoint(ABC):
             raise CheckpointError(f"{self.path}: no tensor {name!r}", "use a name from its `tensors`")
         return self._read(name).contiguous()
 
+    def extent(self, name: str) -> Extent | None:
+        """Where a tensor's bytes lie on disk, for readers that need no tensor; None where only `read` gives them."""
+        return None
+
     def digest(self) -> str:
         """sha256 (hex) of the file, or of the sorted lines ``<sha256>  <name>`` of several; computed once.
 
@@ -86,15 +102,19 @@ class Checkpoint(ABC):
         """Forget the open files; tensors that were read stay valid."""
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, base: Checkpoint | None = None) -> Checkpoint:
     """Open a weight file or a folder of weights; see :func:`~automerge.checkpoint.layout.find_layout` for folders.
 
     PyTorch files hold a state dict, bare or under ``state_dict`` or ``model``, and are only ever read with
     ``weights_only=True``: code in a pickle is refused, never run.
 
+    Args:
+        path: the file or folder.
+        base: what a LoRA adapter was trained on; not used for the weights of a model.
+
     Raises:
         CheckpointError: there are no weights, it is not clear which files they are, or a file is damaged, unsafe or
-            of an unknown format.
+            of an unknown format; an adapter without a base.
     """
     if path.is_dir():
         folder = path
@@ -105,8 +125,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
         layout = Layout(kind_of(path.name, str(path)), (path.name,))
     else:
         raise CheckpointError(f"{path}: no such file or folder", "check the path")
-    opened = _Safetensors if layout.kind == "safetensors" else _Torch
-    checkpoint = opened(path, folder, layout)
+    return open_layout(path, folder, layout, base)
+
+
+def open_layout(path: Path, folder: Path, layout: Layout, base: Checkpoint | None = None) -> Checkpoint:
+    """Open the files of a layout; see :func:`open_checkpoint`."""
+    checkpoint: Checkpoint
+    if layout.is_adapter:
+        from automerge.checkpoint.adapter import Adapter  # which is a Checkpoint, and so imports this module
+
+        if base is None:
+            raise CheckpointError(f"{path}: a LoRA adapter, which means nothing without its base", "name the base")
+        checkpoint = Adapter(path, folder, layout, base)
+    else:
+        checkpoint = (_Safetensors if layout.kind == "safetensors" else _Torch)(path, folder, layout)
     if not checkpoint.tensors:
         raise CheckpointError(f"{path}: holds no tensors", "pass the weights of a model")
     return checkpoint
@@ -121,10 +153,20 @@ class _Safetensors(Checkpoint):
         check_index(layout, {name: header.tensors for name, header in headers.items()}, str(path))
         self._file_of = {tensor: name for name, header in headers.items() for tensor in header.tensors}
         self.tensors = {tensor: headers[self._file_of[tensor]].tensors[tensor] for tensor in sorted(self._file_of)}
+        self._extents = {
+            tensor: Extent(folder / name, begin, end - begin)
+            for name, header in headers.items()
+            for tensor, (begin, end) in header.offsets.items()
+        }
         self._folder = folder
         self._handles: dict[str, Any] | None = {}
 
+    def extent(self, name: str) -> Extent | None:
+        return self._extents[name]
+
     def _read(self, name: str) -> torch.Tensor:
+        import safetensors
+
         file = self._file_of[name]
         try:
             with self._lock:
@@ -180,6 +222,8 @@ def _load_state_dict(file: Path) -> dict[str, torch.Tensor]:
     def fail(problem: str, remedy: str = _CONVERT) -> NoReturn:
         raise CheckpointError(f"{file}: {problem}", remedy)
 
+    import torch
+
     value = _load(file)
     if not isinstance(value, dict):
         fail(f"holds a {type(value).__name__}, not a state dict")
@@ -218,6 +262,8 @@ def _shown(key: Any) -> str:
 
 def _load(file: Path) -> Any:
     """torch.load of an untrusted file: weights only, and every failure as one sentence."""
+    import torch
+
     try:
         with file.open("rb") as opened:
             is_zip = opened.read(4) == b"PK\x03\x04"

@@ -5,6 +5,8 @@ first arrives, and the bytes do not depend on the order in which they do. Nothin
 is written and flushed to disk.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -16,14 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
-
-import torch
+from typing import TYPE_CHECKING, Self
 
 from automerge.checkpoint.info import ITEM_BYTES, TAG_OF_DTYPE, TensorInfo, info_of
 from automerge.checkpoint.layout import INDEX_FILE, SINGLE_FILE
 from automerge.documents import write_atomically
 from automerge.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:
+    import torch
 
 # As the transformers library shards by default since version 5: large enough to be few, small enough to move.
 MAX_SHARD_BYTES = 50_000_000_000
@@ -77,8 +80,10 @@ class CheckpointWriter:
         self._place = {
             name: (index, at) for index, shard in enumerate(self._shards) for name, at in shard.offsets.items()
         }
-        self._arrived: set[str] = set()
+        self._arrived: dict[str, int] = {}
         self._lock = threading.Lock()
+        # The system lets one thread at a time write to a file, and the others spin: here they sleep.
+        self._turns = [threading.Lock() for _ in self._shards]
         self._descriptors: list[int] = []
         self._temporaries: list[Path] = []
         self._done = False
@@ -107,6 +112,8 @@ class CheckpointWriter:
             CheckpointError: the tensor was not announced, is not as announced, or was written already.
             StorageError: the disk is full or fails.
         """
+        import torch
+
         if name not in self._infos:
             raise CheckpointError(f"{self._folder}: tensor {name!r} was not announced to the writer")
         expected, found = self._infos[name], info_of(tensor)
@@ -115,20 +122,37 @@ class CheckpointWriter:
                 f"{self._folder}: tensor {name!r} is {found.dtype} {list(found.shape)}, "
                 f"expected {expected.dtype} {list(expected.shape)}"
             )
+        if not tensor.numel():
+            self.write_part(name, 0, memoryview(b""))
+            return
+        flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
+        self.write_part(name, 0, flat.view(torch.uint8).numpy().data)
+
+    def write_part(self, name: str, start: int, content: memoryview) -> None:
+        """Write some bytes of one tensor, from its byte ``start``; safe to call from several threads.
+
+        Every byte of a tensor is to be written once.
+
+        Raises:
+            CheckpointError: the tensor was not announced, or more of it than announced was written.
+            StorageError: the disk is full or fails.
+        """
+        if name not in self._infos:
+            raise CheckpointError(f"{self._folder}: tensor {name!r} was not announced to the writer")
+        size = self._infos[name].nbytes
         with self._lock:
             if self._done:
                 raise CheckpointError(f"{self._folder}: the writer of tensor {name!r} is closed")
-            if name in self._arrived:
+            before = self._arrived.get(name, -1)
+            if before == size or start + content.nbytes > size or max(before, 0) + content.nbytes > size:
                 raise CheckpointError(f"{self._folder}: tensor {name!r} was written twice")
-            self._arrived.add(name)
-        if not tensor.numel():
-            return
-        flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
+            self._arrived[name] = max(before, 0) + content.nbytes
         index, at = self._place[name]
         try:
-            _write_at(self._descriptors[index], flat.view(torch.uint8).numpy().data, at)
+            with self._turns[index]:
+                _write_at(self._descriptors[index], content, at + start)
         except OSError as error:
-            self.abort()
+            # Not removed before the end of the context: other threads may still write.
             raise self._storage_error(error) from None
 
     def commit(self) -> list[Path]:
@@ -140,7 +164,7 @@ class CheckpointWriter:
         """
         if self._done:
             raise CheckpointError(f"{self._folder}: the writer is closed")
-        missing = [name for name in self._infos if name not in self._arrived]
+        missing = [name for name, info in self._infos.items() if self._arrived.get(name, -1) != info.nbytes]
         if missing:
             self.abort()
             shown = ", ".join(missing[:10])

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 
 import torch
 
+from automerge.checkpoint.info import info_of
+from automerge.checkpoint.rounding import round_to
 from automerge.errors import MergeError
 from automerge.merging.buffers import merge_buffer
+from automerge.merging.plan import output_dtype
 from automerge.merging.recipe import IntegerBuffers, OutputDtype, RecipeBlock, canonical, torch_dtype
-from automerge.merging.technique import TensorInputs, load_technique
+from automerge.merging.statistics import Statistics, required
+from automerge.merging.technique import Statistic, TensorInputs, load_technique
 
 
 def merge_tensor(
@@ -20,6 +24,8 @@ def merge_tensor(
     dtype: OutputDtype = "same",
     integer_buffers: IntegerBuffers = "error",
     inputs_are_finite: bool = False,
+    statistics: Statistics | None = None,
+    recalibrated: bool = False,
 ) -> torch.Tensor:
     """Merge one tensor as its block says, in the block's canonical form.
 
@@ -35,19 +41,25 @@ def merge_tensor(
         dtype: of the result, if it is floating-point; ``same``: as the sources.
         integer_buffers: the recipe's rule for integer and boolean tensors that differ.
         inputs_are_finite: the caller has called `refuse_non_finite` on the base and all sources.
+        statistics: what the block's technique needs, and the recalibrated values; None where nothing does.
+        recalibrated: take the tensor's value from the statistics (`Recipe.recalibrated` names it).
 
     Returns:
         the merged tensor, of the sources' shape, in the output dtype. It may share memory with an input.
 
     Raises:
         MergeError: NaN or infinite inputs, a result that does not fit the output dtype, dtypes that differ between
-            the sources under ``same``, integer tensors that differ.
+            the sources under ``same``, integer tensors that differ, statistics that are needed and were not passed.
     """
-    output = output_dtype(name, {source: tensor.dtype for source, tensor in sources.items()}, dtype)
+    infos = {source: info_of(tensor) for source, tensor in sources.items()}
+    output = torch_dtype(output_dtype(name, infos, dtype))
     if not inputs_are_finite:
         for source, tensor in sources.items():
             refuse_non_finite(f"source {source!r}", name, tensor)
     block = canonical(block)
+    if recalibrated:
+        value = required(statistics, block).recalibrated(name, tuple(next(iter(sources.values())).shape))
+        return narrow(name, value.to(next(iter(sources.values())).device), output)
     if not output.is_floating_point:
         return merge_buffer(name, base, sources, block.weights, integer_buffers)
 
@@ -55,47 +67,25 @@ def merge_tensor(
     accumulate = torch.float64 if torch.float64 in dtypes else torch.float32
     if name in block.buffers:
         wide = {source: tensor.to(accumulate) for source, tensor in sources.items()}
-        return _narrow(name, merge_buffer(name, None, wide, block.weights, integer_buffers), output)
+        return narrow(name, merge_buffer(name, None, wide, block.weights, integer_buffers), output)
     if base is not None and not base.is_floating_point():
         raise MergeError(f"base, tensor {name!r} is {base.dtype}, that of the sources {output}", "pass a fitting base")
     if base is not None and not inputs_are_finite:
         refuse_non_finite("base", name, base)
+    technique = load_technique(block.technique)
+    wide_sources = [tensor.to(accumulate) for tensor in sources.values()]
+    found: dict[Statistic, list[torch.Tensor]] = {}
+    if kinds := technique.declaration.statistics:
+        found = required(statistics, block).of(name, list(sources), kinds, like=wide_sources[0])
     inputs = TensorInputs(
         tensor=name,
         source_names=list(sources),
         base=None if base is None else base.to(accumulate),
-        sources=[tensor.to(accumulate) for tensor in sources.values()],
+        sources=wide_sources,
         seed=seed,
+        statistics=found,
     )
-    return _narrow(name, load_technique(block.technique).merge(inputs, block.settings), output)
-
-
-def output_dtype(name: str, dtypes: Mapping[str, torch.dtype], dtype: OutputDtype) -> torch.dtype:
-    """The dtype of a merged tensor.
-
-    Args:
-        name: the tensor's name.
-        dtypes: its dtype in each source.
-        dtype: what the recipe asks for.
-
-    Returns:
-        integer and boolean tensors keep their dtype; floating-point ones get ``dtype``, or keep theirs under ``same``.
-
-    Raises:
-        MergeError: complex tensors; integer and floating-point, or different integer dtypes; different
-            floating-point dtypes under ``same``.
-    """
-    kinds = list(dtypes.values())
-    if any(kind.is_complex for kind in kinds):
-        raise MergeError(f"tensor {name!r} is complex, which no technique merges", "declare it as private")
-    if dtype != "same" and all(kind.is_floating_point for kind in kinds):
-        return torch_dtype(dtype)
-    if len({str(kind) for kind in kinds}) > 1:
-        listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {source!r}" for source, kind in dtypes.items())
-        floating = all(kind.is_floating_point for kind in kinds)
-        remedy = "say which with the output dtype (merge.dtype)" if floating else "merge checkpoints of one form"
-        raise MergeError(f"tensor {name!r} is {listed}", remedy)
-    return kinds[0]
+    return narrow(name, technique.merge(inputs, block.settings), output)
 
 
 def convert(name: str, owner: str, tensor: torch.Tensor, dtype: OutputDtype) -> torch.Tensor:
@@ -107,7 +97,7 @@ def convert(name: str, owner: str, tensor: torch.Tensor, dtype: OutputDtype) -> 
     refuse_non_finite(owner, name, tensor)
     if dtype == "same" or not tensor.is_floating_point():
         return tensor
-    return _narrow(name, tensor, torch_dtype(dtype))
+    return narrow(name, tensor, torch_dtype(dtype))
 
 
 def refuse_non_finite(owner: str, name: str, tensor: torch.Tensor) -> None:
@@ -134,10 +124,13 @@ def refuse_non_finite(owner: str, name: str, tensor: torch.Tensor) -> None:
     )
 
 
-def _narrow(name: str, merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert to the output dtype, and refuse values that leave its range."""
-    narrow = merged.to(dtype)
-    lost = ~torch.isfinite(_checkable(narrow))
+def narrow(name: str, merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A merged tensor in its output dtype.
+
+    Raises:
+        MergeError: values that leave the range of the dtype.
+    """
+    rounded, lost = round_to(merged, dtype)
     if bool(lost.any()):
         largest = float(merged.abs().max())
         raise MergeError(
@@ -145,7 +138,7 @@ def _narrow(name: str, merged: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
             f"{str(dtype).removeprefix('torch.')} (largest magnitude {largest:g})",
             "choose smaller weights or an output dtype of a wider range, such as bfloat16 or float32",
         )
-    return narrow
+    return rounded
 
 
 def _checkable(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,17 +3,30 @@
 Task-vector arithmetic on them gives negative variances or meaningless indices, so no technique ever sees them.
 """
 
-import math
-from collections.abc import Mapping
+from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from automerge.errors import MergeError
 from automerge.merging.consensus import weighted_sum
 from automerge.merging.recipe import IntegerBuffers
 
+if TYPE_CHECKING:
+    import torch
+
 COUNTER = "num_batches_tracked"
 """How the names of BatchNorm's counters end, in torch and in what is exported from it."""
+
+
+_RUNNING = ("running_mean", "running_var")
+
+
+def is_buffer_name(name: str) -> bool:
+    """Whether a tensor is BatchNorm's by its name, where there is no model to ask: the last part decides."""
+    last = name.rpartition(".")[2]
+    return last in _RUNNING or last.endswith(COUNTER)
 
 
 def merge_buffer(
@@ -44,6 +57,8 @@ def merge_buffer(
     Raises:
         MergeError: integer or boolean tensors differ and the rule does not say what to take.
     """
+    import torch
+
     tensors = list(sources.values())
     first = tensors[0]
     if first.is_floating_point():
@@ -67,7 +82,11 @@ def merge_buffer(
     return base
 
 
+def average_weights(weights: Sequence[float]) -> list[float]:
+    """The weights of a floating-point buffer's average: the block's, or equal ones if some is negative or all are 0."""
+    return [1.0] * len(weights) if min(weights) < 0 or math.fsum(weights) == 0 else list(weights)
+
+
 def _average(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
-    if min(weights) < 0 or math.fsum(weights) == 0:
-        weights = [1.0] * len(tensors)
-    return weighted_sum(tensors, weights).div_(math.fsum(weights))
+    factors = average_weights(weights)
+    return weighted_sum(tensors, factors).div_(math.fsum(factors))

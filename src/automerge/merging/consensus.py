@@ -5,9 +5,13 @@ purpose: a fused multiply-add (``add`` with ``alpha``) rounds differently in the
 tail, and where the tail lies depends on the number of threads.
 """
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def weighted_sum(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -44,6 +48,8 @@ def sum_of_agreeing(
     Returns:
         the merged task vector: same shape and dtype.
     """
+    import torch
+
     positive = weighted_sum(deltas, weights if votes is None else votes) >= 0
     merged = torch.zeros_like(deltas[0])
     agreed = torch.zeros_like(deltas[0])

@@ -8,9 +8,13 @@ elements form a group g = index // 4, which gets one 64-bit word: the finaliser 
 element takes the 16 bits at lane index % 4, lowest first. 16 bits resolve a density to 1.5e-5 and quarter the work.
 """
 
-import hashlib
+from __future__ import annotations
 
-import torch
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK = 1 << 18
 """Elements per step: the int64 temporaries of a step (a few MB) stay in the processor's cache."""
@@ -42,6 +46,8 @@ def keep_mask(key: int, numel: int, density: float, device: torch.device | str =
     Returns:
         bool tensor of shape ``(numel,)``; True is kept.
     """
+    import torch
+
     threshold = keep_threshold(density)
     mask = torch.empty(numel, dtype=torch.bool, device=device)
     for start in range(0, numel, CHUNK):
@@ -52,6 +58,8 @@ def keep_mask(key: int, numel: int, density: float, device: torch.device | str =
 
 def lanes(key: int, start: int, stop: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The 16 random bits of the elements ``start`` to ``stop`` (exclusive), as int64 of shape ``(stop - start,)``."""
+    import torch
+
     first, last = start // 4, (stop + 3) // 4
     # int64 arithmetic wraps around, which is arithmetic modulo 2^64.
     word = torch.arange(first + 1, last + 1, dtype=torch.int64, device=device)

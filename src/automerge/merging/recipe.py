@@ -15,6 +15,7 @@ that both engines execute, so that equal keys mean equal bytes. The identities, 
   for linear; without it, at epsilon 0 it is dare_ties, else lambda > 0 into the weights.
 - della_linear: epsilon is cut likewise; at epsilon 0 it is dare_linear; else lambda > 0 into the weights.
 - sce: the weights are scaled as for linear.
+- fisher, regmean: the weights are scaled as for linear; with one source of a weight other than 0 it is linear.
 - consensus_ta, tsv_merge, iso_c: as their modules say.
 - Numbers are rounded to 12 significant digits, and typed as declared (a density 1 is 1.0).
 
@@ -23,16 +24,19 @@ averaging of buffers sees.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-from pydantic import Field, FiniteFloat, StringConstraints
+from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, StringConstraints, model_serializer
 
 from automerge.documents import Document, Model, digest_of
 from automerge.merging.technique import Settings, canonical_settings, load_technique, validate_settings
 
+if TYPE_CHECKING:
+    import torch
+
 OutputDtype = Literal["same", "float32", "float16", "bfloat16"]
 IntegerBuffers = Literal["error", "base"]
+VocabularyRule = Literal["base", "largest"]
 
 BASE = "base"
 """The key of the base in ``Recipe.private``; no source may have this name."""
@@ -41,10 +45,13 @@ SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.
 
 
 class InputDigest(Model):
-    """One input checkpoint: the name it has in the recipe, and the sha256 digest of its content."""
+    """One input checkpoint: the name it has in the recipe, and the sha256 digest of its content.
+
+    A recipe written by hand may leave the digest out: then any checkpoint is taken.
+    """
 
     name: SourceName
-    digest: str
+    digest: str = ""
 
 
 class RecipeBlock(Model):
@@ -72,6 +79,20 @@ class RecipeBlock(Model):
         return Settings(self.technique, dict(self.weights), dict(self.hyperparameters))
 
 
+class Vocabulary(Model):
+    """To how many rows tensors with one row per token are brought before they are merged: see `merging.vocabulary`.
+
+    Attributes:
+        rule: whose number it is: the base's, or the largest of all inputs.
+        rows: the number.
+        tensors: names of the tensors, as they are in the blocks.
+    """
+
+    rule: VocabularyRule
+    rows: int = Field(ge=1)
+    tensors: list[str] = Field(min_length=1)
+
+
 class Recipe(Document):
     """A merge.
 
@@ -85,6 +106,11 @@ class Recipe(Document):
         blocks: how the merged tensors are merged; every merged tensor is in one block.
         tied: alias -> the tensor that it shares its values with. Merged once; the alias is not written.
         private: source (or ``base``) -> the tensors that it keeps for itself.
+        statistics: sha256 of the statistics file (`automerge.merging.statistics`), if the merge needs one.
+        recalibrated: the BatchNorm buffers whose values are in that file, in place of the sources' average.
+        vocabulary: what is done where the inputs have vocabularies of different size; None where they do not.
+
+    The last three are written only where they say something.
     """
 
     FORMAT: ClassVar[str] = "automerge/recipe"
@@ -98,6 +124,17 @@ class Recipe(Document):
     blocks: list[RecipeBlock]
     tied: dict[str, str] = Field(default_factory=dict)
     private: dict[str, list[str]] = Field(default_factory=dict)
+    statistics: str | None = None
+    recalibrated: list[str] = Field(default_factory=list)
+    vocabulary: Vocabulary | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        value: dict[str, Any] = handler(self)
+        for key in ("statistics", "recalibrated", "vocabulary"):
+            if not value.get(key):
+                value.pop(key, None)
+        return value
 
     @property
     def source_names(self) -> list[str]:
@@ -109,15 +146,27 @@ class Recipe(Document):
         """Whether the seed has any effect: some block's canonical technique is randomised."""
         return any(load_technique(canonical(block).technique).declaration.randomised for block in self.blocks)
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether there is no merging without the statistics file: for recalibration, or some block's technique."""
+        return bool(self.recalibrated) or any(
+            load_technique(canonical(block).technique).declaration.statistics
+            for block in self.blocks
+            if block.parameters
+        )
+
     def digest(self) -> str:
         """sha256 (hex) of what the merge depends on: recipes of the same merge have the same digest.
 
         Left out: the release, the names of blocks, the base's name, the order of blocks and of the tensors in them,
-        the form of the settings (see `canonical`), and the seed where nothing is random.
+        the form of the settings (see `canonical`), the seed where nothing is random, and the statistics where none are
+        needed.
 
         Raises:
             PluginError: a technique is not installed.
         """
+        statistics = {"statistics": self.statistics, "recalibrated": sorted(self.recalibrated)}
+        rows = dict.fromkeys(self.vocabulary.tensors, self.vocabulary.rows) if self.vocabulary else {}
         return digest_of(
             {
                 "format": self.format,
@@ -130,6 +179,8 @@ class Recipe(Document):
                 "blocks": sorted(block_key(block) for block in self.blocks),
                 "tied": self.tied,
                 "private": {name: sorted(tensors) for name, tensors in self.private.items() if tensors},
+                **(statistics if self.needs_statistics else {}),
+                **({"rows": rows} if rows else {}),
             }
         )
 
@@ -209,8 +260,10 @@ def stored_names(recipe: Recipe, names: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> "torch.dtype":
     """torch's dtype of that name."""
+    import torch
+
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -1,13 +1,16 @@
 """Sparsification of task vectors: keep by magnitude, or at random and rescale. Written once, here."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from automerge.merging.random import CHUNK, keep_mask, lanes, mask_key
 from automerge.merging.technique import Hyperparameter
+
+if TYPE_CHECKING:
+    import torch
 
 Rescale = Literal["inverse_density", "l1"]
 
@@ -37,6 +40,8 @@ def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
     Returns:
         a tensor of the same shape and dtype.
     """
+    import torch
+
     count = delta.numel()
     keep = max(1, int(density * count))
     if keep >= count:
@@ -60,6 +65,8 @@ def trim_outliers(delta: torch.Tensor, density: float, gamma: float) -> torch.Te
     Returns:
         a tensor of the same shape and dtype.
     """
+    import torch
+
     count = delta.numel()
     keep = max(1, int(density * count))
     if keep >= count:
@@ -80,6 +87,8 @@ def largest(values: torch.Tensor, keep: int) -> torch.Tensor:
     Returns:
         bool tensor of shape ``(n,)`` with exactly ``keep`` True.
     """
+    import torch
+
     count = values.numel()
     if keep in (0, count):
         return torch.full((count,), keep > 0, dtype=torch.bool, device=values.device)
@@ -105,6 +114,8 @@ def drop(delta: torch.Tensor, density: float, rescale: Rescale, *, seed: int, so
     Returns:
         a tensor of the same shape and dtype.
     """
+    import torch
+
     if density >= 1:
         return delta
     mask = keep_mask(mask_key(seed, source, tensor), delta.numel(), density, delta.device)
@@ -136,6 +147,8 @@ def drop_by_rank(
     Returns:
         a tensor of the same shape and dtype.
     """
+    import torch
+
     reach = min(epsilon, density, 1 - density)
     if reach <= 0:
         return drop(delta, density, rescale, seed=seed, source=source, tensor=tensor)
@@ -170,11 +183,15 @@ def _with_norm_of(delta: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 def l1_norm(tensor: torch.Tensor) -> float:
     """Sum of the magnitudes, in float64, in a fixed order: the same on any number of threads."""
+    import torch
+
     return _ordered_sum(part.abs().to(torch.float64) for part in _chunks(tensor))
 
 
 def inner_product(one: torch.Tensor, other: torch.Tensor) -> float:
     """Sum of the elementwise products of two tensors of one shape, in float64, in a fixed order."""
+    import torch
+
     pairs = zip(_chunks(one), _chunks(other), strict=True)
     return _ordered_sum(part.to(torch.float64) * factor.to(torch.float64) for part, factor in pairs)
 

@@ -13,23 +13,33 @@ A third party adds a technique with one decorated function and an entry point in
 `automerge.testing.techniques.check_technique` tells whether it keeps the contract.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import keyword
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from automerge.errors import MergeError, PluginError
+from automerge.merging.fused import Fused
 from automerge.plugins import load_plugin, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 Value = bool | int | float | str
 """The value of one hyperparameter."""
 
 Kind = Literal["float", "int", "bool", "choice"]
+
+Statistic = Literal["fisher", "gram"]
+"""A kind of statistics that a technique may need of each source; `automerge.merging.statistics` says what they are."""
+
+STATISTICS: tuple[Statistic, ...] = ("fisher", "gram")
+"""All kinds of statistics."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,10 @@ def _unchanged(settings: Settings) -> Settings:
     return settings
 
 
+def _not_fused(settings: Settings) -> Fused | None:
+    return None
+
+
 def _plain_weights(settings: Settings) -> dict[str, float]:
     return dict(settings.weights)
 
@@ -128,16 +142,18 @@ class Declaration:
     effective_weights: Callable[[Settings], dict[str, float]] = _plain_weights
     effective_note: str = ""
     canonical: Callable[[Settings], Settings] = _unchanged
+    fused: Callable[[Settings], Fused | None] = _not_fused
+    statistics: tuple[Statistic, ...] = ()
 
     def defaults(self) -> dict[str, Value]:
         """The default of every hyperparameter, by name."""
         return {each.name: each.default for each in self.hyperparameters}
 
 
-class Deltas(Sequence[torch.Tensor]):
+class Deltas(Sequence["torch.Tensor"]):
     """The task vectors of one tensor, ``source - base``: computed when asked for, never kept."""
 
-    def __init__(self, inputs: "TensorInputs") -> None:
+    def __init__(self, inputs: TensorInputs) -> None:
         if inputs.base is None:
             raise _without_base(inputs.tensor)
         self._base = inputs.base
@@ -171,6 +187,8 @@ class TensorInputs:
         sources: the sources' tensors, in the order of ``source_names``; same dtype.
         seed: the recipe's seed. Random numbers are a function of seed, source, tensor and element index only
             (`automerge.merging.random`).
+        statistics: by kind, of those that the technique declares, one tensor per source in the order of
+            ``source_names``; device and dtype of the sources. A kind that this tensor does not have is absent.
     """
 
     tensor: str
@@ -178,6 +196,7 @@ class TensorInputs:
     base: torch.Tensor | None
     sources: Sequence[torch.Tensor]
     seed: int = 0
+    statistics: Mapping[Statistic, Sequence[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def deltas(self) -> Deltas:
@@ -245,6 +264,8 @@ def technique(
     effective_weights: Callable[[Settings], dict[str, float]] = _plain_weights,
     effective_note: str = "",
     canonical: Callable[[Settings], Settings] = _unchanged,
+    fused: Callable[[Settings], Fused | None] = _not_fused,
+    statistics: Sequence[Statistic] = (),
 ) -> Callable[[Callable[..., torch.Tensor]], Technique]:
     """Declare a function to be a merging technique.
 
@@ -264,11 +285,20 @@ def technique(
         effective_note: what a reader must know about these factors.
         canonical: settings -> settings of the same merge in simpler or unique form (perhaps another technique);
             the weights may change by a common positive factor only, since buffers are averaged with them.
+        fused: settings -> the same merge as one elementwise pass, for the compiled kernels; None where it is none.
+            The bytes must be those of the function.
+        statistics: the kinds of statistics (`STATISTICS`) that it needs of every source, gathered from validation data
+            before the search. A tensor that has none must be merged all the same.
 
     Raises:
-        PluginError: the declared hyperparameters are not the function's keyword-only arguments, or a default is
-            not valid.
+        PluginError: the declared hyperparameters are not the function's keyword-only arguments, a default is not
+            valid, or a kind of statistics is unknown.
     """
+    for kind in statistics:
+        if kind not in STATISTICS:
+            raise PluginError(
+                f"technique {name!r} declares the statistics {kind!r}", f"declare some of {', '.join(STATISTICS)}"
+            )
     declaration = Declaration(
         name=name,
         source=source,
@@ -282,6 +312,8 @@ def technique(
         effective_weights=effective_weights,
         effective_note=effective_note,
         canonical=canonical,
+        fused=fused,
+        statistics=tuple(statistics),
     )
 
     def decorate(function: Callable[..., torch.Tensor]) -> Technique:

@@ -1,7 +1,7 @@
 """The interface of a model kind: from a spec's ``model`` and a local checkpoint to a module that can be called."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,48 @@ class Architecture(ABC):
         }
         output = module(cast["inputs"]) if list(cast) == ["inputs"] else module(**cast)
         return _logits(output)
+
+    def vocabulary_tensors(self, module: nn.Module) -> list[str]:
+        """Names of the state's tensors that have one row per token, in state-dict order; each of tied ones.
+
+        By default the weights (and biases) of what the module's ``get_input_embeddings`` and ``get_output_embeddings``
+        return, if it has these methods, as transformers' models do.
+        """
+        rows: list[Tensor | None] = []
+        for method in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                part = getattr(module, method)()
+            except (AttributeError, NotImplementedError):
+                continue
+            rows += [getattr(part, "weight", None), getattr(part, "bias", None)]
+        ids = {id(tensor) for tensor in rows if isinstance(tensor, Tensor)}
+        return [name for name, tensor in module.state_dict(keep_vars=True).items() if id(tensor) in ids]
+
+    def resize_vocabulary(self, module: nn.Module, rows: int) -> nn.Module:
+        """Give the tensors with one row per token another number of rows, with whatever values.
+
+        By default by the module's ``resize_token_embeddings(rows)``.
+
+        Raises:
+            ModelError: the module has no such method.
+        """
+        resize: Callable[[int], object] | None = getattr(module, "resize_token_embeddings", None)
+        if resize is None:
+            raise ModelError(
+                f"model.target: {type(module).__name__} is built for another number of tokens than the {rows} of the "
+                "weights, and has no resize_token_embeddings",
+                "give it a method resize_token_embeddings(rows), or set the number in the arguments",
+            )
+        resize(rows)
+        return module
+
+    def set_vocabulary(self, folder: Path, rows: int) -> None:
+        """Say in the companion files of a merged checkpoint how many tokens it has. By default nothing.
+
+        Raises:
+            ModelError: they cannot be read.
+        """
+        return
 
     def companion_files(self, folder: Path) -> list[Path]:
         """The files beside a checkpoint's weights that a merged checkpoint needs too; sorted. By default none."""

@@ -6,7 +6,6 @@ The network is never used: configurations and code come from the checkpoint's fo
 
 import contextlib
 import difflib
-import fnmatch
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,27 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from automerge.checkpoint.companions import companion_files
+from automerge.documents import write_atomically
 from automerge.errors import MissingExtraError, ModelError
 from automerge.models.architecture import Architecture, short_reason
 from automerge.plugins import nearest
-
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "normalizer.json",
-    "*.model",
-    "*.tiktoken",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "chat_template*",
-)
-"""Files that ``from_pretrained`` of a model, tokenizer or processor reads beside the weights."""
 
 
 class TransformersArchitecture(Architecture):
@@ -102,15 +85,39 @@ class TransformersArchitecture(Architecture):
             inputs["decoder_input_ids"] = _token_ids(config, 8, device)
         return inputs
 
+    def resize_vocabulary(self, module: nn.Module, rows: int) -> nn.Module:
+        """See ``Architecture.resize_vocabulary``; new rows are not initialised from the old ones."""
+        try:
+            with _NoRandomInitialisation():
+                resized: Any = module
+                resized.resize_token_embeddings(rows, mean_resizing=False)
+        except Exception as error:
+            raise ModelError(
+                f"model.target: {type(module).__name__} cannot have {rows} tokens: {short_reason(error)}",
+                "merge with another rule of merge.vocabulary",
+            ) from error
+        return module
+
+    def set_vocabulary(self, folder: Path, rows: int) -> None:
+        """Write the number into ``config.json``; see ``Architecture.set_vocabulary``."""
+        from transformers import AutoConfig
+
+        path = folder / "config.json"
+        try:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=self.spec.trust_remote_code
+            )
+            text = config.get_text_config()
+            content = json.loads(path.read_bytes())
+        except Exception as error:
+            raise ModelError(f"{path}: transformers cannot read it ({short_reason(error)})", "mend it") from error
+        part = next((key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is text), None)
+        (content if part is None else content.setdefault(part, {}))["vocab_size"] = rows
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
     def companion_files(self, folder: Path) -> list[Path]:
         """Configuration, tokenizer and processor files, and the Python files where remote code is trusted; sorted."""
-        folder = folder if folder.is_dir() else folder.parent
-        patterns = (*COMPANIONS, "*.py") if self.spec.trust_remote_code else COMPANIONS
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
-        )
+        return companion_files(folder, code=self.spec.trust_remote_code)
 
     @contextlib.contextmanager
     def exporting(self, module: nn.Module) -> Iterator[None]:

@@ -85,8 +85,7 @@ class TrialStore:
         Raises:
             SearchError: there is a log already, which would be lost.
         """
-        if path.exists():
-            raise SearchError(f"{path}: a search was begun here", "pass --resume to go on, or another folder")
+        refuse_begun(path)
         write_atomically(path, _encode(header))
         _sync_folder(path.parent)
         return cls(path, header.identity)
@@ -115,6 +114,16 @@ class TrialStore:
     def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def refuse_begun(path: Path) -> None:
+    """Raise where there is a log already.
+
+    Raises:
+        SearchError: there is.
+    """
+    if path.exists():
+        raise SearchError(f"{path}: a search was begun here", "pass --resume to go on, or another folder")
 
 
 def read_trials(path: Path) -> list[Trial]:

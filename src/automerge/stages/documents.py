@@ -1,10 +1,14 @@
-"""manifest.json, merged.json, registration.json: what a run was given and made; and the names of all documents."""
+"""manifest.json, merged.json, registration.json: what a run was given and made; and the names of all documents.
+
+``statistics.safetensors`` lies beside ``recipe.json``: `automerge.merging.statistics` describes it.
+"""
 
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from automerge.checkpoint.layout import is_adapter
 from automerge.documents import Document, Model
 from automerge.registry.registry import RegisteredVersion
 
@@ -13,6 +17,7 @@ MERGED = "merged.json"
 SEGMENTATION = "segmentation.json"
 TRIALS = "trials.jsonl"
 RECIPE = "recipe.json"
+STATISTICS = "statistics.safetensors"
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 REGISTRATION = "registration.json"
@@ -35,6 +40,12 @@ class Input(Model):
     path: str = Field(description="File or folder, relative to the manifest's folder.")
     digest: str = Field(description="A checkpoint's digest (its weights only), or the digest of all files of data.")
     files: list[FileRecord]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a LoRA adapter."""
+        names = [record.path.removeprefix(f"{self.path}/") for record in self.files]
+        return self.role == "source" and is_adapter(names)
 
 
 class Manifest(Document):

@@ -15,6 +15,7 @@ from automerge.checkpoint.open import open_checkpoint
 from automerge.errors import MergeError, MissingExtraError, ModelError, SpecError, TaskError
 from automerge.merging.recipe import BASE, Recipe, RecipeBlock, merged_names
 from automerge.merging.resident import ResidentMerger
+from automerge.merging.statistics import Statistics
 from automerge.merging.streamed import HEADS
 from automerge.merging.technique import Declaration, usable_techniques
 from automerge.models.heads import Heads
@@ -35,7 +36,7 @@ from automerge.searching.evaluator import MeasuredTask
 from automerge.searching.store import read_trials
 from automerge.segmenting.segmentation import Block, Segmentation
 from automerge.spec import PAPER_TECHNIQUES, Spec
-from automerge.stages.documents import EVALUATION, MERGED, RECIPE, REPORT, TRIALS, Manifest, Merged
+from automerge.stages.documents import EVALUATION, MERGED, RECIPE, REPORT, STATISTICS, TRIALS, Manifest, Merged
 from automerge.stages.inputs import Inputs
 from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
 from automerge.tasks.run import evaluate_task
@@ -63,6 +64,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
         SpecError: a document is missing, the merged model was not made by this recipe, or the recipe is not of these
             inputs, this segmentation and this granularity.
         TaskError: test data are unusable, or a loss of the merged model or of a task's reference is not finite.
+        MergeError: the statistics file beside the recipe is missing, or is another one than the recipe's.
     """
     with observe_stage("evaluate", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         device = prepare_compute(spec)
@@ -79,7 +81,8 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
         roles: dict[str, Role] = {}
         scores: dict[str, dict[str, Scores]] = {name: {} for name in test}
         left_out: list[str] = []
-        for name, role, heads in _models(loaded, blocks, merged, left_out):
+        statistics = _statistics(search / STATISTICS, recipe, device) if spec.evaluation.baselines else None
+        for name, role, heads in _models(loaded, blocks, merged, statistics, left_out):
             log.info("measuring %s", name)
             problems: list[str] = []
             for task_name, task in test.items():
@@ -141,7 +144,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
 
 
 def _models(
-    loaded: Loaded, segmentation: Segmentation, merged: Heads, left_out: list[str]
+    loaded: Loaded, segmentation: Segmentation, merged: Heads, statistics: Statistics | None, left_out: list[str]
 ) -> Iterator[tuple[str, Role, Heads]]:
     """Every row of the table: name, role, and the model, which is valid until the next one is asked for.
 
@@ -153,8 +156,8 @@ def _models(
         yield owner, "base" if owner == BASE else "source", loaded.heads(loaded.shared(owner), like=owner)
     if not spec.evaluation.baselines:
         return
-    heads = loaded.heads(loaded.shared(spec.sources[0].name), dtype=spec.merge.dtype)
-    merger = ResidentMerger(loaded.base, loaded.sources, loaded.device)
+    heads = loaded.heads(loaded.shared(spec.sources[0].name, fitted=True), dtype=spec.merge.dtype)
+    merger = ResidentMerger(loaded.base, loaded.sources, loaded.device, statistics)
     techniques, _ = usable_techniques(
         list(dict.fromkeys([*PAPER_TECHNIQUES, *spec.search.techniques])),
         sources=len(spec.sources),
@@ -185,6 +188,18 @@ def _models(
         yield name if name not in sources else f"{name} (technique)", "technique", heads
 
 
+def _statistics(path: Path, recipe: Recipe, device: torch.device) -> Statistics | None:
+    """What the search gathered, for the single techniques that need it; None where it gathered nothing.
+
+    Raises:
+        MergeError: it is not the file of the recipe.
+    """
+    if not path.exists() and recipe.statistics is None:
+        return None
+    with Statistics.open(path, recipe.statistics) as statistics:
+        return statistics.resident(device)
+
+
 def _baseline_hyperparameters(declaration: Declaration) -> dict[str, bool | int | float | str]:
     defaults = declaration.defaults()
     return {**defaults, "density": BASELINE_DENSITY} if "density" in defaults else defaults
@@ -201,7 +216,7 @@ def _merged_heads(loaded: Loaded, recipe: Recipe, model: Path) -> Heads:
         shared = {name: checkpoint.read(name) for name in checkpoint.tensors}
     inputs = loaded.inputs
     return Heads(
-        lambda reference: inputs.architecture.build(reference, inputs.arguments(reference)),
+        lambda reference: inputs.build(reference, shared),
         private,
         shared,
         loaded.device,

@@ -5,6 +5,7 @@ What can be refused early is: the checkpoints' headers are read by ranges and co
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,10 @@ from typing import Literal
 import torch
 
 from automerge import storage
+from automerge.checkpoint.adapter import Adapter
 from automerge.checkpoint.compatibility import check_compatibility, shared_tensors
 from automerge.checkpoint.info import TensorInfo
-from automerge.checkpoint.layout import peek_tensors
+from automerge.checkpoint.layout import is_adapter, peek_tensors
 from automerge.checkpoint.open import open_checkpoint
 from automerge.documents import digest_of
 from automerge.errors import CheckpointError, ModelError, TaskError
@@ -24,7 +26,16 @@ from automerge.models.architecture import Architecture, load_architecture
 from automerge.models.state import state_names
 from automerge.spec import Spec
 from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
-from automerge.stages.inputs import check_plugins
+from automerge.stages.inputs import (
+    check_plugins,
+    model_paths,
+    open_inputs,
+    tokenizer_folder,
+    vocabulary_names,
+    vocabulary_of,
+    vocabulary_rows,
+)
+from automerge.stages.tokens import check_added_tokens
 from automerge.storage import FetchRecord, ObjectInfo, list_objects, read_range
 from automerge.tasks.task import load_task
 from automerge.telemetry.metrics import observe_stage
@@ -55,10 +66,12 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         wanted = _wanted(spec)
         listings = {item.name: list_objects(item.uri) for item in wanted}
         _check_headers(spec, architecture, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
-        inputs, downloaded = [], 0
+        inputs: list[Input] = []
+        downloaded = 0
         for item in wanted:
             log.info("fetching %s from %s", item.name, item.uri)
-            fetched, transferred = _fetch_one(item, listings[item.name], folder)
+            base = folder / inputs[0].path if inputs and inputs[0].role == "base" else None
+            fetched, transferred = _fetch_one(item, listings[item.name], folder, base)
             inputs.append(fetched)
             downloaded += transferred
         metrics.set("automerge_fetch_downloaded_bytes", downloaded)
@@ -99,15 +112,20 @@ def _wanted(spec: Spec) -> list[_Wanted]:
 def _check_headers(spec: Spec, architecture: Architecture, listings: Mapping[str, Sequence[ObjectInfo]]) -> None:
     """Compare the checkpoints by their headers alone; those without a header are compared once they are here.
 
+    So are the adapters of a base without one.
+
     So are names that may be tied in a model that cannot be built before its checkpoint is here.
     """
     tensors: dict[str, Tensors] = {}
     for name, listing in listings.items():
+        if is_adapter([item.key for item in listing]):
+            _check_base(spec, name)
         uris = {item.key: item.uri for item in listing}
         found = peek_tensors(
             {item.key: item.size for item in listing},
             lambda key, start, stop, uris=uris: read_range(uris[key], start, stop),  # type: ignore[misc]
             f"checkpoint {name!r}",
+            tensors.get(BASE),
         )
         if found is not None:
             tensors[name] = found
@@ -115,26 +133,42 @@ def _check_headers(spec: Spec, architecture: Architecture, listings: Mapping[str
         tied: Mapping[str, str] | None = _tied(spec, architecture, tensors)
     except (ModelError, KeyError):  # the folder that the kind builds the model from is not among the architecture's
         tied = None
-    _check_tensors(spec, tensors, tied)
+    _check_tensors(spec, tensors, tied, () if spec.merge.vocabulary == "error" else None)
+
+
+def _check_base(spec: Spec, name: str) -> None:
+    """An adapter is a source, and has a base."""
+    if name == BASE:
+        raise CheckpointError(
+            "the base is a LoRA adapter",
+            "name the model that it was trained on as the base, and the adapter as a source",
+        )
+    if spec.base is None:
+        raise CheckpointError(
+            f"source {name!r} is a LoRA adapter, and the spec names no base", "name the model that it was trained on"
+        )
 
 
 def _check_fetched(spec: Spec, inputs: Sequence[Input], folder: Path) -> None:
     """Everything that can be said of the inputs before a GPU is paid for: fit, finite values, usable data."""
     tensors: dict[str, Tensors] = {}
-    for item in inputs:
-        if item.role not in ("base", "source"):
-            continue
-        owner = "base" if item.role == "base" else f"source {item.name!r}"
-        with open_checkpoint(folder / item.path) as checkpoint:
-            tensors[item.name] = checkpoint.tensors
-            for name in checkpoint.tensors:
-                refuse_non_finite(owner, name, checkpoint.read(name))
+    with ExitStack() as stack:
+        for owner, checkpoint in open_inputs(inputs, folder, stack).items():
+            tensors[owner] = checkpoint.tensors
+            label = "base" if owner == BASE else f"source {owner!r}"
+            # The rest of an adapter is the base's, which comes first.
+            for name in checkpoint.changed if isinstance(checkpoint, Adapter) else checkpoint.tensors:
+                refuse_non_finite(label, name, checkpoint.read(name))
     paths = {item.name: folder / item.path for item in inputs}
-    architecture = load_architecture(spec.model, {name: paths[name] for name in tensors})
-    _check_tensors(spec, tensors, _tied(spec, architecture, tensors))
+    architecture = load_architecture(spec.model, model_paths(inputs, folder))
+    _check_tensors(
+        spec,
+        tensors,
+        _tied(spec, architecture, tensors),
+        _vocabulary_tensors(spec, architecture, tensors, inputs, folder),
+    )
     for task in spec.tasks:
-        reference = paths[spec.reference_of(task)]
-        plugin = load_task(task, reference if reference.is_dir() else reference.parent)
+        plugin = load_task(task, tokenizer_folder(inputs, folder, spec.reference_of(task)))
         for split in ("validation", "test"):
             try:
                 plugin.load(paths[f"{task.name}/{split}"])
@@ -155,7 +189,27 @@ def _tied(spec: Spec, architecture: Architecture, tensors: Mapping[str, Tensors]
         return state_names(architecture.build(source.name, source.arguments)).tied
 
 
-def _check_tensors(spec: Spec, tensors: Mapping[str, Tensors], tied: Mapping[str, str] | None) -> None:
+def _vocabulary_tensors(
+    spec: Spec, architecture: Architecture, tensors: Mapping[str, Tensors], inputs: Sequence[Input], folder: Path
+) -> list[str]:
+    """The names of the tensors that may differ in their number of rows, once their tokens were compared."""
+    if spec.merge.vocabulary == "error":
+        return []
+    source = spec.sources[0]
+    with torch.device("meta"):
+        module = architecture.build(source.name, source.arguments)
+    groups = vocabulary_names(spec, architecture, module)
+    rows = vocabulary_rows(groups, tensors)
+    vocabulary = vocabulary_of(spec, groups, rows)
+    if vocabulary is not None:
+        folders = {owner: tokenizer_folder(inputs, folder, owner) for owner in rows}
+        check_added_tokens(folders, min(rows.values()), vocabulary.rows)
+    return [name for group in groups.values() for name in group]
+
+
+def _check_tensors(
+    spec: Spec, tensors: Mapping[str, Tensors], tied: Mapping[str, str] | None, vocabulary: Sequence[str] | None
+) -> None:
     if len(tensors) < 2:
         return
     first = next(source.name for source in spec.sources if source.name in tensors)
@@ -163,12 +217,20 @@ def _check_tensors(spec: Spec, tensors: Mapping[str, Tensors], tied: Mapping[str
     base = {name: infos for name, infos in tensors.items() if name == BASE}
     # The merge computes in the widest dtype and writes in that of the sources, or in the one that the spec names.
     mixed = spec.merge.dtype != "same"
-    check_compatibility(tensors[first], sources, first, spec.private, tied=tied, allow_mixed_floats=mixed)
-    check_compatibility(tensors[first], base, first, spec.private, tied=tied, allow_mixed_floats=True)
+    for others, floats in ((sources, mixed), (base, True)):
+        check_compatibility(
+            tensors[first],
+            others,
+            first,
+            spec.private,
+            tied=tied,
+            allow_mixed_floats=floats,
+            vocabulary=vocabulary,
+        )
 
 
-def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path) -> tuple[Input, int]:
-    """One input on local disk, and how many bytes of it had to be transferred."""
+def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path, base: Path | None) -> tuple[Input, int]:
+    """One input on local disk, and how many bytes of it had to be transferred; ``base`` is where the base is."""
     target = folder / item.place
     record = FetchRecord(target.with_name(f".{target.name}.fetched.json"))
     files = storage.fetch_all(listing, target, record=record, sha256=item.sha256)
@@ -179,8 +241,10 @@ def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path) -> tu
     path = files[0].path if len(files) == 1 else target
     records = [FileRecord(path=_relative(file.path, folder), bytes=file.size, sha256=file.sha256) for file in files]
     if item.is_checkpoint:
-        with open_checkpoint(path) as checkpoint:
-            digest = checkpoint.digest()
+        with ExitStack() as stack:
+            needed = base is not None and is_adapter([entry.key for entry in listing])
+            opened = stack.enter_context(open_checkpoint(base)) if base is not None and needed else None
+            digest = stack.enter_context(open_checkpoint(path, opened)).digest()
     else:
         digest = digest_of({_relative(file.path, target): file.sha256 for file in files})
     fetched = Input(

@@ -1,20 +1,25 @@
 """What every stage after fetch starts from: the fetched inputs, opened by the spec."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from automerge.checkpoint.info import TensorInfo
 from automerge.checkpoint.open import Checkpoint, open_checkpoint
-from automerge.errors import SpecError
-from automerge.merging.recipe import BASE
+from automerge.errors import MergeError, SpecError
+from automerge.merging.recipe import BASE, Vocabulary
 from automerge.merging.technique import usable_techniques
 from automerge.models.architecture import Architecture, load_architecture
+from automerge.models.state import state_names
 from automerge.plugins import load_plugin
 from automerge.spec import Spec, TaskSpec
-from automerge.stages.documents import MANIFEST, Manifest
+from automerge.stages.documents import MANIFEST, Input, Manifest
 from automerge.tasks.task import Task, TaskData, load_task
 
 
@@ -54,8 +59,7 @@ class Inputs:
             raise SpecError(
                 f"{folder}: was fetched for a spec with another {differ[0]!r}", "run `automerge fetch` again"
             )
-        checkpoints = [item.name for item in manifest.inputs if item.role in ("base", "source")]
-        architecture = load_architecture(spec.model, {name: manifest.path(folder, name) for name in checkpoints})
+        architecture = load_architecture(spec.model, model_paths(manifest.inputs, folder))
         return cls(spec, folder, manifest, architecture)
 
     @property
@@ -68,22 +72,160 @@ class Inputs:
         return next((source.arguments for source in self.spec.sources if source.name == reference), {})
 
     def open_checkpoints(self, stack: ExitStack) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-        """Open the base (None without one) and the sources; ``stack`` closes them."""
+        """Open the base (None without one) and the sources, adapters upon the base; ``stack`` closes them."""
+        opened = open_inputs(self.manifest.inputs, self.folder, stack)
+        return opened.get(BASE), {source.name: opened[source.name] for source in self.spec.sources}
 
-        def opened(name: str) -> Checkpoint:
-            return stack.enter_context(open_checkpoint(self.manifest.path(self.folder, name)))
+    def build(self, reference: str, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The model of a checkpoint, to hold the given tensors: where `merge.vocabulary` allows it, with their rows.
 
-        base = opened(BASE) if self.spec.base is not None else None
-        return base, {source.name: opened(source.name) for source in self.spec.sources}
+        Raises:
+            ModelError: it cannot be built, or cannot have that many rows.
+        """
+        module = self.architecture.build(reference, self.arguments(reference))
+        if self.spec.merge.vocabulary == "error":
+            return module
+        state = module.state_dict(keep_vars=True)
+        rows = {
+            len(tensors[name])
+            for group in vocabulary_names(self.spec, self.architecture, module).values()
+            for name in group
+            if name in tensors and len(tensors[name]) != len(state[name])
+        }
+        # More than one number is no vocabulary's: loading then names the tensors.
+        return self.architecture.resize_vocabulary(module, rows.pop()) if len(rows) == 1 else module
+
+    def vocabulary(self, infos: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[Vocabulary | None, dict[str, str]]:
+        """What the recipe says of vocabularies of different size, and the model's tied names; see `vocabulary_of`."""
+        if self.spec.merge.vocabulary == "error":
+            return None, {}
+        source = self.spec.sources[0].name
+        with torch.device("meta"):
+            module = self.architecture.build(source, self.arguments(source))
+        groups = vocabulary_names(self.spec, self.architecture, module)
+        return vocabulary_of(self.spec, groups, vocabulary_rows(groups, infos)), state_names(module).tied
+
+    def companion_files(self, owner: str) -> list[Path]:
+        """The files that make a folder of this checkpoint's weights loadable; an adapter's go before its base's."""
+        own = self.architecture.companion_files(self.manifest.path(self.folder, owner))
+        if not self.manifest.input(owner).is_adapter:
+            return own
+        files = {path.name: path for path in self.architecture.companion_files(self.manifest.path(self.folder, BASE))}
+        # The base's configuration is what the model was built from.
+        files |= {path.name: path for path in own if path.name != "config.json"}
+        return [files[name] for name in sorted(files)]
 
     def task(self, task: TaskSpec) -> Task:
         """The task's plug-in."""
-        path = self.manifest.path(self.folder, self.spec.reference_of(task))
-        return load_task(task, path if path.is_dir() else path.parent)
+        return load_task(task, tokenizer_folder(self.manifest.inputs, self.folder, self.spec.reference_of(task)))
 
     def data(self, task: TaskSpec, split: str) -> TaskData:
         """The task's ``validation`` or ``test`` data."""
         return self.task(task).load(self.manifest.path(self.folder, f"{task.name}/{split}"))
+
+
+def model_paths(inputs: Iterable[Input], folder: Path) -> dict[str, Path]:
+    """Where the model of each checkpoint is described, by name: where its weights are; an adapter's, with the base."""
+    items = {item.name: item for item in inputs if item.role in ("base", "source")}
+    return {name: folder / (items[BASE] if item.is_adapter else item).path for name, item in items.items()}
+
+
+def tokenizer_folder(inputs: Iterable[Input], folder: Path, name: str) -> Path:
+    """Where the tokenizer of a checkpoint is: an adapter may bring its own, or have its base's."""
+    items = {item.name: item for item in inputs}
+    path = folder / items[name].path
+    if items[name].is_adapter and not any(path.glob("tokenizer*")):
+        path = folder / items[BASE].path
+    return path if path.is_dir() else path.parent
+
+
+def open_inputs(inputs: Iterable[Input], folder: Path, stack: ExitStack) -> dict[str, Checkpoint]:
+    """Open the base and the sources, by name, adapters upon the base; ``stack`` closes them."""
+    opened: dict[str, Checkpoint] = {}
+    items = [item for item in inputs if item.role in ("base", "source")]
+    for item in sorted(items, key=lambda item: item.role != "base"):
+        opened[item.name] = stack.enter_context(open_checkpoint(folder / item.path, opened.get(BASE)))
+    return opened
+
+
+def vocabulary_names(spec: Spec, architecture: Architecture, module: nn.Module) -> dict[str, list[str]]:
+    """The tensors with one row per token: their names, each with all that are tied to it and itself.
+
+    They are those of `merge.vocabulary_tensors`, else those that the model names; without private ones.
+
+    Raises:
+        SpecError: there are none.
+    """
+    names = state_names(module)
+    every = [*names.parameters, *names.buffers, *names.tied]
+    patterns = spec.merge.vocabulary_tensors
+    chosen = (
+        [name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if patterns
+        else architecture.vocabulary_tensors(module)
+    )
+    if not chosen:
+        raise SpecError(
+            f"merge.vocabulary_tensors: no tensor of the model matches {', '.join(patterns)}"
+            if patterns
+            else "merge.vocabulary: the model does not say which of its tensors have one row per token",
+            "name them, such as '*embed_tokens.weight'",
+        )
+    canonical = dict.fromkeys(names.tied.get(name, name) for name in chosen)
+    return {
+        name: [name, *(alias for alias, target in names.tied.items() if target == name)]
+        for name in canonical
+        if not any(fnmatchcase(name, pattern) for pattern in spec.private)
+    }
+
+
+def vocabulary_rows(
+    groups: Mapping[str, Sequence[str]], infos: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, int]:
+    """The number of rows of each checkpoint that has tensors of the vocabulary.
+
+    Args:
+        groups: `vocabulary_names`.
+        infos: dtype and shape by checkpoint and name.
+
+    Raises:
+        MergeError: one has such tensors with different numbers of rows.
+    """
+    rows: dict[str, int] = {}
+    for owner, tensors in infos.items():
+        held = [name for group in groups.values() for name in group if name in tensors]
+        for name in held:
+            length = tensors[name].shape[0] if tensors[name].shape else 0
+            if rows.setdefault(owner, length) != length:
+                raise MergeError(
+                    f"checkpoint {owner!r}: {held[0]!r} has {rows[owner]} rows and {name!r} {length}, so they are not "
+                    "of one vocabulary",
+                    "name those that are in merge.vocabulary_tensors, and declare the others as private",
+                )
+    return rows
+
+
+def vocabulary_of(spec: Spec, groups: Mapping[str, Sequence[str]], rows: Mapping[str, int]) -> Vocabulary | None:
+    """The number of rows to which the inputs are brought, by `merge.vocabulary`; None where all have the same.
+
+    Args:
+        spec: the spec.
+        groups: `vocabulary_names`.
+        rows: `vocabulary_rows`.
+
+    Raises:
+        SpecError, MergeError: the spec's rule does not apply.
+    """
+    if len(set(rows.values())) < 2:
+        return None
+    rule = spec.merge.vocabulary
+    if rule == "error":
+        raise SpecError("merge.vocabulary: is 'error', and the checkpoints differ", "set it to 'base' or 'largest'")
+    if rule == "base" and BASE not in rows:
+        raise MergeError(
+            "merge.vocabulary is 'base', and the base has no tensor of the vocabulary", "set it to 'largest'"
+        )
+    return Vocabulary(rule=rule, rows=rows[BASE] if rule == "base" else max(rows.values()), tensors=sorted(groups))
 
 
 def check_plugins(spec: Spec) -> list[str]:

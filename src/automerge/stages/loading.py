@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from automerge.checkpoint.adapter import Adapter
+from automerge.checkpoint.info import TensorInfo
 from automerge.errors import ModelError, SpecError
 from automerge.merging.apply import convert
-from automerge.merging.recipe import BASE, InputDigest, OutputDtype, Recipe, RecipeBlock, torch_dtype
+from automerge.merging.recipe import BASE, InputDigest, OutputDtype, Recipe, RecipeBlock, Vocabulary, torch_dtype
+from automerge.merging.vocabulary import fit_tensor, fitted_infos, spellings
 from automerge.models.heads import Heads
 from automerge.searching.evaluator import MeasuredTask
 from automerge.segmenting.segmentation import Block, Segmentation
@@ -24,50 +27,64 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Loaded:
-    """All checkpoints of a run in memory.
+    """All checkpoints of a run in host memory. What needs them on a device takes them there: models, and the merger.
 
     Attributes:
         inputs: where they come from.
-        device: where they are.
+        device: where models run and are merged.
         tensors: tensors by checkpoint (a source's name, or ``base``) and by name, aliases of tied ones included.
         private: names of each checkpoint's private tensors.
+        vocabulary: to how many rows the checkpoints are brought before they are merged; None where they agree.
+        fitted: the same as ``tensors``, with that many rows; what both have is one object.
     """
 
     inputs: Inputs
     device: torch.device
     tensors: dict[str, Tensors]
     private: dict[str, list[str]]
+    vocabulary: Vocabulary | None
+    fitted: dict[str, Tensors]
 
     @classmethod
     def load(cls, inputs: Inputs, device: torch.device) -> "Loaded":
-        """Read every tensor of every checkpoint onto the device.
+        """Read every tensor of every checkpoint; what an adapter leaves as it is, once for the base.
 
         Raises:
             CheckpointError: one cannot be read.
+            MergeError: the vocabularies differ in a way that `merge.vocabulary` does not settle.
         """
         with ExitStack() as stack:
             base, sources = inputs.open_checkpoints(stack)
             opened = sources if base is None else {BASE: base, **sources}
-            tensors = {
-                owner: {name: checkpoint.read(name).to(device) for name in checkpoint.tensors}
+            tensors: dict[str, Tensors] = {}
+            for owner, checkpoint in opened.items():
+                common = tensors[BASE] if isinstance(checkpoint, Adapter) else {}
+                read = checkpoint.changed if isinstance(checkpoint, Adapter) else checkpoint.tensors
+                tensors[owner] = {**common, **{name: checkpoint.read(name) for name in read}}
+            private = private_names(inputs.spec.private, opened)
+            shared = {
+                owner: {name: info for name, info in checkpoint.tensors.items() if name not in private[owner]}
                 for owner, checkpoint in opened.items()
             }
-            return cls(inputs, device, tensors, private_names(inputs.spec.private, opened))
+            vocabulary, tied = inputs.vocabulary(shared)
+            fitted = tensors if vocabulary is None else _fitted(vocabulary, tied, shared, tensors)
+            return cls(inputs, device, tensors, private, vocabulary, fitted)
 
     @property
     def base(self) -> Tensors | None:
-        """The base's tensors; None without a base."""
-        return self.tensors.get(BASE)
+        """The base's tensors as they are merged; None without a base."""
+        return self.fitted.get(BASE)
 
     @property
     def sources(self) -> dict[str, Tensors]:
-        """The sources' tensors, in the spec's order."""
-        return {source.name: self.tensors[source.name] for source in self.inputs.spec.sources}
+        """The sources' tensors as they are merged, in the spec's order."""
+        return {source.name: self.fitted[source.name] for source in self.inputs.spec.sources}
 
-    def shared(self, owner: str) -> Tensors:
-        """The tensors of a checkpoint that are not private."""
+    def shared(self, owner: str, *, fitted: bool = False) -> Tensors:
+        """The tensors of a checkpoint that are not private; ``fitted``: as they are merged, not as they are."""
         private = set(self.private[owner])
-        return {name: tensor for name, tensor in self.tensors[owner].items() if name not in private}
+        tensors = self.fitted if fitted else self.tensors
+        return {name: tensor for name, tensor in tensors[owner].items() if name not in private}
 
     def heads(
         self,
@@ -90,7 +107,7 @@ class Loaded:
         """
 
         def build(reference: str) -> nn.Module:
-            return self.inputs.architecture.build(reference, self.inputs.arguments(reference))
+            return self.inputs.build(reference, shared)
 
         def private(reference: str, name: str) -> torch.Tensor:
             tensor = self.tensors[reference][name]
@@ -134,7 +151,27 @@ class Loaded:
             blocks=list(blocks),
             tied=segmentation.tied,
             private={owner: names for owner, names in self.private.items() if names},
+            vocabulary=self.vocabulary,
         )
+
+
+def _fitted(
+    vocabulary: Vocabulary,
+    tied: Mapping[str, str],
+    infos: Mapping[str, Mapping[str, TensorInfo]],
+    tensors: Mapping[str, Tensors],
+) -> dict[str, Tensors]:
+    groups = spellings(vocabulary, tied)
+    return {
+        owner: {
+            **tensors[owner],
+            **{
+                name: fit_tensor(vocabulary, groups, infos, lambda owner, name: tensors[owner][name], owner, name)
+                for name in changed
+            },
+        }
+        for owner, changed in fitted_infos(vocabulary, groups, infos).items()
+    }
 
 
 def read_segmentation(folder: Path, spec: Spec) -> Segmentation:
@@ -175,14 +212,21 @@ def prepare_compute(spec: Spec) -> torch.device:
     if spec.compute.threads is not None:
         torch.set_num_threads(spec.compute.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return _device(spec.compute.device)
+    return device_of(spec)
 
 
-def _device(name: str) -> torch.device:
+def device_of(spec: Spec) -> torch.device:
+    """The device of ``compute.device``; ``auto`` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ModelError: the device is not there.
+    """
+    name = spec.compute.device
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(
-            f"compute.device: {name!r} was asked for and no CUDA device is available", "use 'auto' or 'cpu'"
-        )
-    return torch.device(name)
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        found = f"only cuda:0 to cuda:{available - 1} are" if available else "no CUDA device is"
+        raise ModelError(f"compute.device: {name!r} was asked for and {found} available", "use 'auto' or 'cpu'")
+    return device

@@ -1,17 +1,21 @@
 """merge: rebuild the merged checkpoint from a recipe and the checkpoints; needs no data."""
 
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from automerge.checkpoint.digest import sha256_file
 from automerge.checkpoint.layout import INDEX_FILE
-from automerge.checkpoint.open import open_checkpoint
-from automerge.merging.recipe import Recipe
+from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.merging.recipe import BASE, Recipe
+from automerge.merging.statistics import Statistics
 from automerge.merging.streamed import merge_checkpoints
+from automerge.merging.vocabulary import fit_checkpoints, spellings
 from automerge.spec import Spec
-from automerge.stages.documents import MERGED, FileRecord, Merged
+from automerge.stages.documents import MERGED, STATISTICS, FileRecord, Merged
 from automerge.stages.inputs import Inputs
+from automerge.stages.loading import device_of
 from automerge.telemetry.metrics import observe_stage
 
 
@@ -19,37 +23,46 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
     """Write the merged checkpoint and ``merged.json``.
 
     The files that make a folder of weights loadable (a transformers configuration and tokenizer) are copied from the
-    first source.
+    first source; where vocabularies differ in size, from the first checkpoint that has the merged one's.
 
     Args:
         spec: the spec.
         inputs: folder that `fetch` wrote.
-        recipe: the recipe's file.
+        recipe: the recipe's file; the statistics file that it may name lies beside it.
         folder: where the checkpoint is written.
 
     Raises:
         SpecError: the recipe cannot be read.
-        MergeError: it is a recipe of other checkpoints, or cannot be applied.
+        MergeError: it is a recipe of other checkpoints, its statistics file is missing or another one, or it cannot be
+            applied.
+        ModelError: the spec's device is not there.
     """
     with ExitStack() as stack:
         metrics = stack.enter_context(
             observe_stage("merge", pipeline=spec.name, family=spec.model.target, folder=folder)
         )
         document = Recipe.read(recipe)
+        statistics = None
+        if document.statistics is not None:
+            statistics = stack.enter_context(Statistics.open(recipe.parent / STATISTICS, document.statistics))
         opened = Inputs.open(spec, inputs)
         base, sources = opened.open_checkpoints(stack)
+        fitted_base, fitted_sources = fit_checkpoints(document, base if document.base is not None else None, sources)
         written = merge_checkpoints(
             document,
-            base if document.base is not None else None,
-            sources,
+            fitted_base,
+            fitted_sources,
             folder,
             max_shard_bytes=spec.merge.max_shard_bytes,
+            device=str(device_of(spec)),
+            statistics=statistics,
         )
-        origin = opened.manifest.path(opened.folder, spec.sources[0].name)
-        for companion in opened.architecture.companion_files(origin):
+        for companion in opened.companion_files(_origin(document, base, sources)):
             copy = folder / companion.name
             shutil.copyfile(companion, copy)
             written.append(copy)
+        if document.vocabulary is not None:
+            opened.architecture.set_vocabulary(folder, document.vocabulary.rows)
         index = folder / INDEX_FILE
         if index.exists():
             written.append(index)
@@ -69,3 +82,21 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
         metrics.set("automerge_merge_parameters", document_out.parameter_count)
         metrics.set("automerge_merge_size_bytes", sum(record.bytes for record in document_out.files))
     return document_out
+
+
+def _origin(recipe: Recipe, base: Checkpoint | None, sources: Mapping[str, Checkpoint]) -> str:
+    """Whose configuration and tokenizer fit the merged weights."""
+    if recipe.vocabulary is None:
+        return recipe.source_names[0]
+    names = [name for group in spellings(recipe.vocabulary, recipe.tied).values() for name in group]
+    owners = {**({} if base is None else {BASE: base}), **sources}
+    order = [*recipe.source_names, BASE] if recipe.vocabulary.rule == "largest" else [BASE, *recipe.source_names]
+    return next(
+        owner
+        for owner in order
+        if owner in owners
+        and any(
+            name in owners[owner].tensors and owners[owner].tensors[name].shape[:1] == (recipe.vocabulary.rows,)
+            for name in names
+        )
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 from automerge.documents import write_atomically
 from automerge.errors import RegistryError, SpecError
 from automerge.merging.recipe import Recipe
+from automerge.merging.statistics import Statistics
 from automerge.preservation import Evaluation, check_gate
 from automerge.registry.entry import build_entry
 from automerge.registry.registry import RegisteredVersion, load_registry
@@ -17,6 +18,7 @@ from automerge.stages.documents import (
     REGISTRATION,
     REPORT,
     SEGMENTATION,
+    STATISTICS,
     TRIALS,
     Merged,
     Registration,
@@ -37,6 +39,7 @@ def register(
     Raises:
         RegistryError: the quality gate refused the model, or the registry refuses or cannot be reached.
         SpecError: a document is missing.
+        MergeError: the recipe's statistics file is missing, or another one.
     """
     with observe_stage("register", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         measured = Evaluation.read(evaluation / EVALUATION)
@@ -51,6 +54,10 @@ def register(
         recipe = Recipe.read(search / RECIPE)
         merged = Merged.read(model / MERGED)
         _check_belong_together(recipe.digest(), merged, measured)
+        statistics = []
+        if recipe.statistics is not None:  # without it the recipe could not be applied again
+            Statistics.open(search / STATISTICS, recipe.statistics).close()
+            statistics = [search / STATISTICS]
         spec_file = folder / "spec.json"
         # Where this machine keeps the factory's code means nothing to whoever reads the version.
         text = spec.model_dump_json(indent=2, exclude={"model": {"python_path"}})
@@ -68,6 +75,7 @@ def register(
                 segmentation / SEGMENTATION,
                 search / TRIALS,
                 search / RECIPE,
+                *statistics,
                 evaluation / EVALUATION,
                 evaluation / REPORT,
             ],

@@ -1,20 +1,29 @@
 """search: find the recipe with the highest objective on validation data."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from automerge.checkpoint.info import info_of
 from automerge.documents import digest_of
 from automerge.errors import MissingExtraError, SearchError
+from automerge.merging.recipe import Recipe
 from automerge.merging.resident import ResidentMerger
-from automerge.merging.technique import usable_techniques
-from automerge.searching.evaluator import RecipeEvaluator, mean_losses
+from automerge.merging.statistics import Statistics, read_metadata, recalibrated_key, write_statistics
+from automerge.merging.technique import STATISTICS as STATISTIC_KINDS
+from automerge.merging.technique import Statistic, usable_techniques
+from automerge.searching.evaluator import MeasuredTask, RecipeEvaluator, mean_losses
+from automerge.searching.gathering import FISHER_SAMPLES, GRAM_SAMPLES, gather, refuse_sources_without_tasks
+from automerge.searching.recalibration import recalibrate
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.searching.search import search as run_search
+from automerge.searching.store import refuse_begun
+from automerge.searching.trial import capability_preservation, harmonic_mean
 from automerge.spec import Spec
-from automerge.stages.documents import RECIPE, TRIALS
+from automerge.stages.documents import RECIPE, STATISTICS, TRIALS
 from automerge.stages.inputs import Inputs
 from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
 from automerge.telemetry.metrics import StageMetrics, observe_stage
@@ -32,6 +41,9 @@ def search(
     progress: Callable[[SearchProgress], None] | None = None,
 ) -> SearchResult:
     """Search, and write ``trials.jsonl`` as it goes and ``recipe.json`` at the end.
+
+    ``statistics.safetensors`` is written before the search if a technique of the space needs statistics, and again at
+    the end if the recipe has recalibrated buffers.
 
     Args:
         spec: the spec.
@@ -60,6 +72,11 @@ def search(
         )
         for notice in notices:
             log.warning("%s", notice)
+        kinds = [kind for kind in STATISTIC_KINDS if any(kind in each.statistics for each in techniques.values())]
+        refuse_sources_without_tasks(kinds, [source.name for source in spec.sources], opened.references)
+        store = folder / TRIALS
+        if not resume:
+            refuse_begun(store)
         loaded = Loaded.load(opened, device)
         blocks = mergeable_blocks(blocks_document, loaded.private)
         if not any(block.parameters for block in blocks):
@@ -69,11 +86,12 @@ def search(
         space = SearchSpace(blocks, [source.name for source in spec.sources], techniques, spec.search)
 
         average = loaded.recipe(blocks_document, space.recipe_blocks(space.average()))
-        # In the output dtype: what is measured is what `merge` will write.
-        heads = loaded.heads(loaded.shared(spec.sources[0].name), dtype=spec.merge.dtype)
-        merger = ResidentMerger(loaded.base, loaded.sources, device)
-        merger.apply(average, heads.live)
         tasks = loaded.measured("validation")
+        statistics = _gathered(folder, loaded, kinds, average, tasks) if kinds else None
+        # In the output dtype: what is measured is what `merge` will write.
+        heads = loaded.heads(loaded.shared(spec.sources[0].name, fitted=True), dtype=spec.merge.dtype)
+        merger = ResidentMerger(loaded.base, loaded.sources, device, statistics)
+        merger.apply(average, heads.live)
         reference_losses: dict[str, float] = {}
         for reference in opened.references:
             own = {name: task for name, task in tasks.items() if task.reference == reference}
@@ -81,34 +99,127 @@ def search(
             reference_losses |= mean_losses(own, specialist.module, opened.architecture, device)
         evaluator = RecipeEvaluator(average, merger, heads, opened.architecture, tasks, device)
 
-        store = folder / TRIALS
         result = run_search(
             space,
             evaluator,
             {task.name: reference_losses[task.name] for task in spec.tasks},
             store_path=store,
-            identity=_identity(spec, opened),
+            identity=_identity(spec, opened, statistics),
             hardware=f"{device.type} with {torch.get_num_threads()} threads",
             resume=resume and store.exists(),
             progress=_observed(progress, metrics),
         )
-        loaded.recipe(blocks_document, result.blocks).write(folder / RECIPE)
+        recipe = loaded.recipe(blocks_document, result.blocks)
+        recalibrated: dict[str, torch.Tensor] = {}
+        if spec.recalibrates and result.stopped != "interrupted":
+            merger.apply(recipe, heads.live)
+
+            def objective(losses: Mapping[str, float]) -> float:
+                epsilon = spec.search.effective_epsilon
+                return harmonic_mean(
+                    {
+                        name: capability_preservation(reference_losses[name], loss, epsilon, name)
+                        for name, loss in losses.items()
+                    }
+                )
+
+            recalibrated = recalibrate(heads, tasks, opened.architecture, device, objective)
+        _with_statistics(recipe, statistics, recalibrated, folder / STATISTICS).write(folder / RECIPE)
         assert result.best.objective is not None  # noqa: S101 - the best trial succeeded
         metrics.set("automerge_search_best_objective", result.best.objective)
     return result
 
 
-def _identity(spec: Spec, opened: Inputs) -> str:
-    """Digest of what shapes the losses: what is merged, how the model runs, and on which data."""
+def _gathered(
+    folder: Path, loaded: Loaded, kinds: Sequence[Statistic], recipe: Recipe, tasks: Mapping[str, MeasuredTask]
+) -> Statistics:
+    """The sources' statistics, on the device: of an earlier attempt at the same search, or gathered and written.
+
+    Raises:
+        SearchError: they cannot be gathered, or there are those of another search whose trials are in the folder.
+    """
+    path = folder / STATISTICS
+    spec, device = loaded.inputs.spec, loaded.device
+    names = [name for block in recipe.blocks for name in block.parameters]
+    made_from = digest_of(
+        {
+            "inputs": _identity(spec, loaded.inputs, None),
+            "kinds": list(kinds),
+            "names": sorted(names),
+            "samples": [FISHER_SAMPLES, GRAM_SAMPLES],
+            "seed": spec.search.seed,
+        }
+    )
+    if read_metadata(path).get("gathered") == made_from:
+        with Statistics.open(path) as written:
+            return written.resident(device)
+    if path.exists() and (folder / TRIALS).exists():
+        raise SearchError(
+            f"{path}: belongs to another search, or is damaged",
+            "start in another folder, or remove it to have the statistics of this search gathered again",
+        )
+
+    def module_of(source: str) -> nn.Module:
+        shared = loaded.shared(source, fitted=True)
+        double = any(tensor.dtype == torch.float64 for tensor in shared.values())
+        return loaded.heads(shared, [source], dtype="same" if double else "float32").module(source)
+
+    log.info("gathering the %s statistics of %d sources", " and ".join(kinds), len(spec.sources))
+    tensors = gather(
+        kinds,
+        [source.name for source in spec.sources],
+        tasks,
+        module_of,
+        names,
+        loaded.inputs.architecture,
+        device,
+        spec.search.seed,
+    )
+    infos = {key: info_of(tensor) for key, tensor in tensors.items()}
+    digest = write_statistics(path, infos, tensors.items(), {"gathered": made_from})
+    return Statistics(infos, tensors.__getitem__, where=str(path), digest=digest, metadata={"gathered": made_from})
+
+
+def _with_statistics(
+    recipe: Recipe, gathered: Statistics | None, recalibrated: Mapping[str, torch.Tensor], path: Path
+) -> Recipe:
+    """The recipe with the digest of its statistics file, if it needs one, which then is at ``path``."""
+    recipe = recipe.model_copy(update={"recalibrated": sorted(recalibrated)})
+    keys = gathered.gathered() if gathered is not None else []
+    if not keys and not recalibrated:
+        path.unlink(missing_ok=True)  # of an earlier end of this search
+        return recipe
+    tensors = {recalibrated_key(name): tensor for name, tensor in recalibrated.items()}
+    if gathered is not None and set(gathered.infos) == set(keys) and not tensors:
+        digest = gathered.digest
+    else:
+        infos = {key: gathered.infos[key] for key in keys} if gathered is not None else {}
+        infos |= {key: info_of(tensor) for key, tensor in tensors.items()}
+
+        def read(key: str) -> torch.Tensor:
+            return tensors[key] if gathered is None or key in tensors else gathered.read(key)
+
+        digest = write_statistics(
+            path,
+            infos,
+            ((key, read(key)) for key in infos),
+            gathered.metadata if gathered is not None else {},
+        )
+    return recipe.model_copy(update={"statistics": digest}) if recipe.needs_statistics else recipe
+
+
+def _identity(spec: Spec, opened: Inputs, statistics: Statistics | None) -> str:
+    """Digest of what shapes the losses: what is merged, how the model runs, on which data, and the statistics of it."""
     digests = opened.manifest.digests()
     return digest_of(
         {
+            **({"statistics": statistics.gathered_digest()} if statistics is not None else {}),
             "inputs": {name: digest for name, digest in digests.items() if not name.endswith("/test")},
             "model": spec.model.model_dump(mode="json", exclude={"python_path"}),
             "arguments": {source.name: source.arguments for source in spec.sources},
             "tasks": [task.model_dump(mode="json", exclude={"validation", "test", "metrics"}) for task in spec.tasks],
             "private": spec.private,
-            "merge": spec.merge.model_dump(mode="json", exclude={"max_shard_bytes"}),
+            "merge": spec.merge.model_dump(mode="json", exclude={"max_shard_bytes", "recalibrate"}),
         }
     )
 

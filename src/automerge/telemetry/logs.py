@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 from urllib.parse import quote
 
-from automerge.spec import SECRET_NAME
+from automerge.secrets import SECRET_NAME
 
 Style = Literal["human", "json"]
 

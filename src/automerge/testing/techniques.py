@@ -6,13 +6,21 @@
         check_technique(my_technique)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from automerge.errors import AutoMergeError
-from automerge.merging.technique import Hyperparameter, Settings, Technique, TensorInputs, Value, load_technique
+from automerge.merging.technique import (
+    Hyperparameter,
+    Settings,
+    Statistic,
+    Technique,
+    TensorInputs,
+    Value,
+    load_technique,
+)
 
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (0,), (3, 0), (17,), (5, 7), (2, 3, 4, 5))
 
@@ -24,7 +32,8 @@ def check_technique(technique: Technique, tolerance: float = 1e-5) -> None:
       finite values for finite inputs.
     - It is pure: same inputs, same bytes; inputs stay as they are; torch's global random state has no effect and is
       left alone; the number of threads has no effect.
-    - Its declaration is true: it runs without a base unless it requires one, every hyperparameter is accepted over its
+    - Its declaration is true: it runs without a base unless it requires one, it has the statistics that it declares and
+      merges tensors that have none of them, every hyperparameter is accepted over its
       range and has an effect, the seed has an effect exactly if it is declared randomised, a shared factor of the
       weights has none if it is declared normalised.
     - Its canonical form merges alike, and is a fixed point; its effective weights name the sources.
@@ -43,11 +52,11 @@ def check_technique(technique: Technique, tolerance: float = 1e-5) -> None:
     for count in counts:
         for shape in _SHAPES:
             for dtype in (torch.float32, torch.float64):
-                _check_result(technique, _inputs(shape, count, dtype))
-    _check_pure(technique, _inputs((64, 33), counts[-1]))
+                _check_result(technique, _inputs(technique, shape, count, dtype))
+    _check_pure(technique, _inputs(technique, (64, 33), counts[-1]))
     # Large enough for torch to split elementwise work and reductions between threads.
-    _check_threads(technique, _inputs((300_007,), counts[-1]))
-    _check_declaration(technique, _inputs((40, 25), counts[-1]), tolerance)
+    _check_threads(technique, _inputs(technique, (300_007,), counts[-1]))
+    _check_declaration(technique, _inputs(technique, (40, 25), counts[-1]), tolerance)
 
 
 class NonConformingError(AssertionError):
@@ -59,17 +68,30 @@ def _check_result(technique: Technique, inputs: TensorInputs) -> None:
     if inputs.sources[0].dim() >= 2:
         turned = [source.transpose(0, 1) for source in inputs.sources]
         base = None if inputs.base is None else inputs.base.transpose(0, 1)
-        variants.append(replace(inputs, base=base, sources=turned))
+        statistics = {
+            kind: [each.transpose(0, 1) for each in found] if kind == "fisher" else found
+            for kind, found in inputs.statistics.items()
+            if kind == "fisher" or turned[0].shape == inputs.sources[0].shape
+        }
+        variants.append(replace(inputs, base=base, sources=turned, statistics=statistics))
     if not technique.declaration.requires_base:
         variants.append(replace(inputs, base=None))
+    if inputs.statistics:
+        variants.append(replace(inputs, statistics={}))
     for variant in variants:
-        merged = _merge(technique, variant, _settings(technique, variant))
+        try:
+            merged = _merge(technique, variant, _settings(technique, variant))
+        except LookupError as error:
+            if variant.statistics or not technique.declaration.statistics:
+                raise
+            raise _broken(technique, f"it fails without statistics ({error!r}), which a tensor may not have") from error
         if not bool(torch.isfinite(merged).all()):
             raise _broken(technique, f"finite inputs of shape {tuple(merged.shape)} gave NaN or infinite values")
 
 
 def _check_pure(technique: Technique, inputs: TensorInputs) -> None:
     held = [*inputs.sources, *([] if inputs.base is None else [inputs.base])]
+    held += [tensor for found in inputs.statistics.values() for tensor in found]
     before = [tensor.clone() for tensor in held]
     state = torch.get_rng_state()
     settings = _settings(technique, inputs)
@@ -129,10 +151,15 @@ def _check_declaration(technique: Technique, inputs: TensorInputs, tolerance: fl
         if not _close(_merge(technique, inputs, scaled), merged, tolerance):
             raise _broken(technique, "declared normalised, and a shared factor of the weights has an effect")
 
+    if declaration.statistics and torch.equal(_merge(technique, replace(inputs, statistics={}), settings), merged):
+        raise _broken(technique, f"declared statistics={declaration.statistics}, and they have no effect")
+
     total = sum(settings.weights.values())
     convex = replace(settings, weights={name: weight / total for name, weight in settings.weights.items()})
     _check_canonical(technique, inputs, settings, tolerance)
     _check_canonical(technique, inputs, convex, tolerance)
+    alone = dict.fromkeys(settings.weights, 0.0) | {inputs.source_names[0]: 0.5}
+    _check_canonical(technique, inputs, replace(settings, weights=alone), tolerance)
     effective = declaration.effective_weights(settings)
     if list(effective) != list(inputs.source_names) or not all(
         isinstance(value, float) for value in effective.values()
@@ -158,11 +185,32 @@ def _merge(technique: Technique, inputs: TensorInputs, settings: Settings) -> to
         raise _broken(technique, str(error)) from error
 
 
-def _inputs(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32) -> TensorInputs:
+def _inputs(
+    technique: Technique, shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32
+) -> TensorInputs:
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     sources = [base + 0.1 * torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
-    return TensorInputs("layer.weight", [f"source{index}" for index in range(count)], base, sources, seed=3)
+    names = [f"source{index}" for index in range(count)]
+    found = {kind: _statistics(kind, sources, generator) for kind in technique.declaration.statistics}
+    statistics = {kind: tensors for kind, tensors in found.items() if tensors}
+    return TensorInputs("layer.weight", names, base, sources, seed=3, statistics=statistics)
+
+
+def _statistics(kind: Statistic, sources: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    """As `automerge.merging.statistics` describes them; none where the shape has none."""
+    like = sources[0]
+    if kind == "fisher":
+        # Of very different sizes, some of them zero.
+        drawn = [torch.randn(like.shape, generator=generator).to(like.dtype) for _ in sources]
+        return [torch.where(each.abs() < 0.2, 0, each**8) for each in drawn]
+    if like.dim() < 2 or not like.numel():
+        return []
+    # Fewer samples than inputs, and an input that is always zero.
+    samples = [torch.randn(3 + at, like[0].numel(), generator=generator).to(like.dtype) for at, _ in enumerate(sources)]
+    for each in samples:
+        each[:, 0] = 0
+    return [each.T @ each / len(each) for each in samples]
 
 
 def _settings(technique: Technique, inputs: TensorInputs) -> Settings:

@@ -1,13 +1,18 @@
 """Model Breadcrumbs: drop the smallest and the largest elements of the task vectors, then merge linearly or elected."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from automerge.merging.consensus import sum_of_agreeing, weighted_sum
+from automerge.merging.fused import Fused, KeepLargest
 from automerge.merging.sparsify import DENSITY, trim_outliers
 from automerge.merging.technique import Hyperparameter, Settings, TensorInputs, fold_lambda, technique
 from automerge.merging.techniques.task_arithmetic import LAMBDA, scaled_weights
+
+if TYPE_CHECKING:
+    import torch
 
 GAMMA = Hyperparameter(
     "gamma",
@@ -37,6 +42,20 @@ def _canonical_ties(settings: Settings) -> Settings:
     return fold_lambda(settings)
 
 
+def _fused(settings: Settings, combine: Literal["sum", "agreeing"]) -> Fused:
+    values = settings.hyperparameters
+    kept = KeepLargest(float(values["density"]), float(values["gamma"]))
+    return Fused(combine, keep=kept, scale=float(values["lambda"]))
+
+
+def _fused_linear(settings: Settings) -> Fused:
+    return _fused(settings, "sum")
+
+
+def _fused_ties(settings: Settings) -> Fused:
+    return _fused(settings, "agreeing")
+
+
 @technique(
     name="breadcrumbs",
     requires_base=True,
@@ -44,6 +63,7 @@ def _canonical_ties(settings: Settings) -> Settings:
     effective_weights=scaled_weights,
     effective_note="where the element was kept; elsewhere 0",
     canonical=_canonical,
+    fused=_fused_linear,
     source=_SOURCE,
 )
 def breadcrumbs(
@@ -61,6 +81,7 @@ def breadcrumbs(
     effective_weights=scaled_weights,
     effective_note="where the element was kept and has the elected sign; elsewhere 0",
     canonical=_canonical_ties,
+    fused=_fused_ties,
     source=f"{_SOURCE}; sign election of https://arxiv.org/abs/2306.01708",
 )
 def breadcrumbs_ties(

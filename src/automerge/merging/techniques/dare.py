@@ -1,13 +1,18 @@
 """DARE: drop elements of the task vectors at random and rescale, then merge linearly or with elected signs."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from automerge.merging.consensus import sum_of_agreeing, weighted_sum
+from automerge.merging.fused import Fused, KeepRandom
 from automerge.merging.sparsify import DENSITY, Rescale, drop
 from automerge.merging.technique import Hyperparameter, Settings, TensorInputs, fold_lambda, technique
 from automerge.merging.techniques.task_arithmetic import LAMBDA, scaled_weights
+
+if TYPE_CHECKING:
+    import torch
 
 RESCALE = Hyperparameter(
     "rescale",
@@ -40,6 +45,22 @@ def _dropped(inputs: TensorInputs, density: float, rescale: Rescale) -> list[tor
     ]
 
 
+def _fused(settings: Settings, combine: Literal["sum", "agreeing"]) -> Fused | None:
+    values = settings.hyperparameters
+    density = float(values["density"])
+    if values["rescale"] != "inverse_density" and density < 1:
+        return None  # the norm of a whole tensor is not elementwise
+    return Fused(combine, keep=KeepRandom(density) if density < 1 else None, scale=float(values["lambda"]))
+
+
+def _fused_linear(settings: Settings) -> Fused | None:
+    return _fused(settings, "sum")
+
+
+def _fused_ties(settings: Settings) -> Fused | None:
+    return _fused(settings, "agreeing")
+
+
 @technique(
     name="dare_linear",
     requires_base=True,
@@ -48,6 +69,7 @@ def _dropped(inputs: TensorInputs, density: float, rescale: Rescale) -> list[tor
     effective_weights=scaled_weights,
     effective_note="in expectation over the random mask",
     canonical=_canonical_linear,
+    fused=_fused_linear,
     source=_SOURCE,
 )
 def dare_linear(
@@ -66,6 +88,7 @@ def dare_linear(
     effective_weights=scaled_weights,
     effective_note="in expectation over the random mask, where all sources agree in sign",
     canonical=_canonical_ties,
+    fused=_fused_ties,
     source=f"{_SOURCE}; sign election of https://arxiv.org/abs/2306.01708",
 )
 def dare_ties(

@@ -1,12 +1,17 @@
 """Linear: the weighted average of the sources."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from automerge.merging.consensus import weighted_sum
+from automerge.merging.fused import Fused
 from automerge.merging.technique import Settings, TensorInputs, scaled_to_sum_one, technique
+
+if TYPE_CHECKING:
+    import torch
 
 
 def shares(settings: Settings) -> dict[str, float]:
@@ -19,12 +24,17 @@ def _canonical(settings: Settings) -> Settings:
     return Settings("linear", scaled_to_sum_one(settings.weights))
 
 
+def _fused(settings: Settings) -> Fused:
+    return Fused(task_vectors=False, divisor=math.fsum(settings.weights.values()))
+
+
 @technique(
     name="linear",
     normalised=True,
     nonzero_weight_sum=True,
     effective_weights=shares,
     canonical=_canonical,
+    fused=_fused,
     source="Wortsman et al., 'Model soups', https://arxiv.org/abs/2203.05482",
 )
 def linear(inputs: TensorInputs, weights: Sequence[float]) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """Task Arithmetic: the base plus a weighted sum of task vectors."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from automerge.merging.consensus import weighted_sum
+from automerge.merging.fused import Fused
 from automerge.merging.technique import Hyperparameter, Settings, TensorInputs, fold_lambda, technique
+
+if TYPE_CHECKING:
+    import torch
 
 LAMBDA = Hyperparameter("lambda", "float", default=1.0, doc="scale of the merged task vector")
 
@@ -25,12 +30,17 @@ def _canonical(settings: Settings) -> Settings:
     return folded
 
 
+def _fused(settings: Settings) -> Fused:
+    return Fused(scale=float(settings.hyperparameters["lambda"]))
+
+
 @technique(
     name="task_arithmetic",
     requires_base=True,
     hyperparameters=(LAMBDA,),
     effective_weights=scaled_weights,
     canonical=_canonical,
+    fused=_fused,
     source="Ilharco et al., 'Editing models with task arithmetic', https://arxiv.org/abs/2212.04089",
 )
 def task_arithmetic(inputs: TensorInputs, weights: Sequence[float], *, lambda_: float) -> torch.Tensor:

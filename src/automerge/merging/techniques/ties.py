@@ -1,11 +1,13 @@
 """TIES: trim each task vector, elect a sign per element, average what agrees."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from automerge.merging.consensus import sum_of_agreeing
+from automerge.merging.fused import Fused, KeepLargest
 from automerge.merging.sparsify import DENSITY, trim
 from automerge.merging.technique import (
     Hyperparameter,
@@ -16,6 +18,9 @@ from automerge.merging.technique import (
     technique,
 )
 from automerge.merging.techniques.task_arithmetic import LAMBDA, scaled_weights
+
+if TYPE_CHECKING:
+    import torch
 
 NORMALIZE = Hyperparameter(
     "normalize", "bool", default=True, doc="divide each element by the sum of the weights of the sources that agree"
@@ -37,6 +42,15 @@ def _canonical(settings: Settings) -> Settings:
     return Settings("ties", scaled_to_sum_one(settings.weights), settings.hyperparameters)
 
 
+def _fused(settings: Settings) -> Fused:
+    values = settings.hyperparameters
+    return Fused(
+        "agreeing_normalised" if values["normalize"] else "agreeing",
+        keep=KeepLargest(float(values["density"])),
+        scale=float(values["lambda"]),
+    )
+
+
 @technique(
     name="ties",
     requires_base=True,
@@ -46,6 +60,7 @@ def _canonical(settings: Settings) -> Settings:
     effective_note="where all sources agree; an element that was trimmed or lost the election has weight 0, "
     "and under 'normalize' the others of that element share the whole",
     canonical=_canonical,
+    fused=_fused,
     source="Yadav et al., 'TIES-Merging', https://arxiv.org/abs/2306.01708; weighted as in mergekit",
 )
 def ties(
