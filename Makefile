@@ -8,7 +8,7 @@ MERGEKIT_VENV := .venv-mergekit
 MERGEKIT_STAMP := $(MERGEKIT_VENV)/.installed
 MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test test-system test-mergekit lint format schemas pipeline clean
+.PHONY: help install demo test test-system test-mergekit test-gpu lint format schemas pipeline clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,7 @@ demo: $(STAMP) ## Merge two real digit classifiers, from S3 to the registry, and
 	@$(BIN)/python examples/digits/demo.py
 
 test: $(STAMP) ## Run the tests (no root, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system and not mergekit'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system and not mergekit and not gpu'
 
 test-system: $(STAMP) ## Run the tests that need root and Debian packages, which are installed first
 	bash tests/system/install.sh
@@ -41,6 +41,14 @@ $(MERGEKIT_STAMP): $(MERGEKIT_PINS)
 
 test-mergekit: $(STAMP) $(MERGEKIT_STAMP) ## Compare the merged tensors with mergekit's, which gets an environment of its own
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mergekit tests/conformance/mergekit
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA device, where there is one
+	@found=$$($(BIN)/python -c 'import torch; print(torch.cuda.is_available())') || exit 1; \
+	if [ "$$found" = True ]; then \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu; \
+	else \
+		echo 'GPU: not verified'; \
+	fi
 
 lint: $(STAMP) ## Linters, types, import contracts
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def test_help_names_every_command(automerge: Automerge) -> None:
     assert ended.code == 0
     commands = re.findall(r"^  ([a-z]+)  ", ended.out.partition("Commands:")[2], flags=re.MULTILINE)
     assert commands == sorted(
-        ["init", "validate", "schema", "fetch", "segment", "search", "merge", "evaluate", "register", "run"]
+        ["init", "validate", "schema", "fetch", "segment", "search", "merge", "apply", "evaluate", "register", "run"]
     )
     for command in commands:
         assert automerge(command, "-h").code == 0

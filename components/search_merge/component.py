@@ -20,7 +20,7 @@ def search_merge(
         spec: The spec as JSON or YAML text.
         inputs: What `fetch` wrote.
         segmentation: What `segment` wrote.
-        search: Folder with `trials.jsonl` and `recipe.json`.
+        search: Folder with `trials.jsonl`, `recipe.json`, and the `statistics.safetensors` that a recipe may name.
         model: Folder with the merged checkpoint and `merged.json`.
     """
     from pathlib import Path

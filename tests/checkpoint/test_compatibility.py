@@ -85,3 +85,22 @@ def test_before_the_ties_are_known_a_name_passes_if_its_twin_may_be_there() -> N
     check_compatibility(one, {"b": both}, "a", tied=None)
     with pytest.raises(CheckpointError, match=r"1 tensor: embed\.weight is not in 'low'"):
         check_compatibility(LOW, {"b": one}, "low", tied=None)
+
+
+def test_rows_of_a_vocabulary_may_differ() -> None:
+    grown = {**LOW, "head.weight": TensorInfo("float32", (9, 64))}
+    check_compatibility(LOW, {"high": grown}, "low", vocabulary=["head.weight"])
+    check_compatibility(LOW, {"high": grown}, "low", vocabulary=None)
+    wider = {**LOW, "head.weight": TensorInfo("float32", (9, 65))}
+    assert "head.weight has shape [9, 65]" in problem({"high": wider}, vocabulary=["head.weight"])
+    assert "head.weight has shape [9, 64]" in problem({"high": grown}, vocabulary=["body.weight"])
+    for high, named in ((grown, True), (wider, False)):
+        with pytest.raises(CheckpointError) as error:
+            check_compatibility(LOW, {"high": high}, "low")
+        assert ("merge.vocabulary" in error.value.remedy) == named
+    # Before the ties are known, a grown embedding may be there under another name.
+    twin = {
+        **{name: info for name, info in grown.items() if name != "head.weight"},
+        "emb": TensorInfo("float32", (9, 64)),
+    }
+    check_compatibility({**LOW, "emb": TensorInfo("float32", (6, 64))}, {"b": twin}, "a", tied=None, vocabulary=None)

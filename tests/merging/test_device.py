@@ -303,6 +303,6 @@ def test_what_the_user_is_told_where_they_do_not_fit():
 
 
 def test_too_little_memory_is_said_in_one_sentence():
-    with pytest.raises(MergeError, match="tensor 'w': cuda:0 has not enough free memory to merge it; set compute"):
-        with memory_explained("w", torch.device("cuda", 0)):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    told = "tensor 'w': cuda:0 has not enough free memory to merge it; set compute"
+    with pytest.raises(MergeError, match=told), memory_explained("w", torch.device("cuda", 0)):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -43,8 +43,8 @@ def check_compatibility(
     rows_differ = False
     for label, tensors in others.items():
         found = _untied(shared_tensors(tensors, private), tied)
-        missing = [f"{name} is missing" for name in _lacking(found, expected, tied)]
-        extra = [f"{name} is not in {reference_label!r}" for name in _lacking(expected, found, tied)]
+        missing = [f"{name} is missing" for name in _lacking(found, expected, tied, vocabulary)]
+        extra = [f"{name} is not in {reference_label!r}" for name in _lacking(expected, found, tied, vocabulary)]
         shapes, dtypes = [], []
         for name in sorted(expected):
             if name not in found:
@@ -99,11 +99,18 @@ def _untied(tensors: Mapping[str, TensorInfo], tied: Mapping[str, str] | None) -
 
 
 def _lacking(
-    tensors: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], tied: Mapping[str, str] | None
+    tensors: Mapping[str, TensorInfo],
+    wanted: Mapping[str, TensorInfo],
+    tied: Mapping[str, str] | None,
+    vocabulary: Sequence[str] | None,
 ) -> list[str]:
     """The wanted names that are not among the tensors, sorted; without those that a tie may explain."""
-    forms = set(tensors.values()) if tied is None else set()
-    return [name for name in sorted(wanted) if name not in tensors and wanted[name] not in forms]
+
+    def form(info: TensorInfo) -> TensorInfo:
+        return TensorInfo(info.dtype, info.shape[1:]) if vocabulary is None and info.shape else info
+
+    forms = {form(info) for info in tensors.values()} if tied is None else set()
+    return [name for name in sorted(wanted) if name not in tensors and form(wanted[name]) not in forms]
 
 
 def _first(problems: list[str], kind: str) -> list[str]:

@@ -136,7 +136,7 @@ def _sample(
 ) -> list[Sample]:
     total = sum(count for _, count in tiles)
     wanted = min(total, max(_LEAST, min(_MOST, int(total * _SAMPLED))))
-    runs = [(0, total)] if total <= wanted else _runs(total, wanted)
+    runs = tiles if total <= wanted else _runs(total, wanted)
     collected = [bytearray() for _ in range(sources)]
     scratch = workers.scratch()
     for first, count in runs:
@@ -152,7 +152,7 @@ def _sample(
     return samples
 
 
-def _runs(total: int, wanted: int) -> list[tuple[int, int]]:
+def _runs(total: int, wanted: int) -> Sequence[tuple[int, int]]:
     """Evenly spread runs of neighbouring elements."""
     number = wanted // _RUN
     return [((index * (total - _RUN)) // (number - 1), _RUN) for index in range(number)]

@@ -23,8 +23,8 @@ from automerge.merging.random import keep_threshold, lanes, mask_key
 from automerge.merging.technique import Settings
 
 TILE = 1 << 22
-"""Elements that are worked on at a time: enough for a device to be busy, and few beside a model. For three inputs the
-tiles, their float32 copies and the temporaries take about 300 MB."""
+"""Elements that are worked on at a time: enough for a device to be busy, and few beside a model. The temporaries of a
+merge of three inputs take about 130 MB."""
 
 HELD_BYTES = 1 << 29
 """Where thresholds are to be found, the inputs are passed over three times: those of a tensor that are not larger than

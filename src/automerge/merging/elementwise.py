@@ -74,7 +74,7 @@ class InFile:
     def address(self, first: int, count: int, buffer: "Buffer") -> int:
         """See `Operand`."""
         item = ITEM_BYTES[self.dtype]
-        wanted = memoryview(buffer.memory)[: count * item]
+        wanted = buffer.view(count * item)
         at = self.begin + first * item
         while wanted:
             try:
@@ -96,6 +96,16 @@ class Buffer:
     def __init__(self, nbytes: int) -> None:
         self.memory: mmap.mmap | memoryview = mmap.mmap(-1, nbytes)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def view(self, nbytes: int) -> memoryview:
+        """The first bytes.
+
+        Raises:
+            ValueError: there are not so many; a slice would silently be shorter.
+        """
+        if nbytes > len(self.memory):
+            raise ValueError(f"{nbytes} bytes asked of a buffer of {len(self.memory)}")
+        return memoryview(self.memory)[:nbytes]
 
 
 class Scratch:

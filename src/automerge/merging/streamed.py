@@ -274,7 +274,7 @@ class _Engine:
         )
 
         def write(first: int, count: int, scratch: Scratch) -> None:
-            writer.write_part(name, first * item, memoryview(scratch.output.memory)[: count * item])
+            writer.write_part(name, first * item, scratch.output.view(count * item))
 
         if not info.numel:
             writer.write_part(name, 0, memoryview(b""))

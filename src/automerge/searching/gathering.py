@@ -8,7 +8,7 @@ global random state; on another device or number of threads it may differ in the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from automerge.errors import AutoMergeError, SearchError
 from automerge.merging.random import lanes, mask_key
 from automerge.merging.statistics import statistic_key
-from automerge.merging.technique import Statistic
+from automerge.merging.technique import STATISTICS as STATISTIC_KINDS
+from automerge.merging.technique import Declaration, Statistic
 from automerge.models.architecture import Architecture, short_reason
 from automerge.searching.evaluator import MeasuredTask
 from automerge.tasks.language_modelling import IGNORED
@@ -32,6 +33,12 @@ GRAM_SAMPLES = 4096
 
 _CHUNK_ELEMENTS = 2**22
 """Inputs of a layer turned into rows at a time: 16 MB of float32, whatever the batch."""
+
+
+def needed_statistics(techniques: Iterable[Declaration]) -> list[Statistic]:
+    """The kinds of statistics that some of these techniques need."""
+    needed = {kind for declaration in techniques for kind in declaration.statistics}
+    return [kind for kind in STATISTIC_KINDS if kind in needed]
 
 
 def refuse_sources_without_tasks(

@@ -18,6 +18,7 @@ from automerge.merging.technique import usable_techniques
 from automerge.models.architecture import Architecture, load_architecture
 from automerge.models.state import state_names
 from automerge.plugins import load_plugin
+from automerge.searching.gathering import needed_statistics, refuse_sources_without_tasks
 from automerge.spec import Spec, TaskSpec
 from automerge.stages.documents import MANIFEST, Input, Manifest
 from automerge.tasks.task import Task, TaskData, load_task
@@ -238,11 +239,16 @@ def check_plugins(spec: Spec) -> list[str]:
     load_plugin("registries", spec.registry.kind, where="registry.kind")
     for task in spec.tasks:
         load_task(task, None)
-    _, notices = usable_techniques(
+    techniques, notices = usable_techniques(
         spec.search.techniques,
         sources=len(spec.sources),
         has_base=spec.base is not None,
         unnormalised=spec.search.weights == "independent",
+    )
+    refuse_sources_without_tasks(
+        needed_statistics(techniques.values()),
+        [source.name for source in spec.sources],
+        [spec.reference_of(task) for task in spec.tasks],
     )
     return notices
 

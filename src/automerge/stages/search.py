@@ -13,10 +13,15 @@ from automerge.errors import MissingExtraError, SearchError
 from automerge.merging.recipe import Recipe
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.statistics import Statistics, read_metadata, recalibrated_key, write_statistics
-from automerge.merging.technique import STATISTICS as STATISTIC_KINDS
 from automerge.merging.technique import Statistic, usable_techniques
 from automerge.searching.evaluator import MeasuredTask, RecipeEvaluator, mean_losses
-from automerge.searching.gathering import FISHER_SAMPLES, GRAM_SAMPLES, gather, refuse_sources_without_tasks
+from automerge.searching.gathering import (
+    FISHER_SAMPLES,
+    GRAM_SAMPLES,
+    gather,
+    needed_statistics,
+    refuse_sources_without_tasks,
+)
 from automerge.searching.recalibration import recalibrate
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.searching.search import search as run_search
@@ -72,7 +77,7 @@ def search(
         )
         for notice in notices:
             log.warning("%s", notice)
-        kinds = [kind for kind in STATISTIC_KINDS if any(kind in each.statistics for each in techniques.values())]
+        kinds = needed_statistics(techniques.values())
         refuse_sources_without_tasks(kinds, [source.name for source in spec.sources], opened.references)
         store = folder / TRIALS
         if not resume:
