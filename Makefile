@@ -8,7 +8,7 @@ MERGEKIT_VENV := .venv-mergekit
 MERGEKIT_STAMP := $(MERGEKIT_VENV)/.installed
 MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test test-system test-mergekit test-gpu lint format schemas pipeline clean
+.PHONY: help install demo test test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device, where there is one
 		echo 'GPU: not verified'; \
 	fi
 
+benchmark-merge: $(STAMP) $(MERGEKIT_STAMP) ## Measure the merge engine against mergekit, side by side (an hour, 25 GB of disk)
+	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.merge.search_step
+
 lint: $(STAMP) ## Linters, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,5 +71,5 @@ pipeline: $(STAMP) ## Compile pipelines/merge_pipeline.yaml
 	$(BIN)/python -m pipelines.merge_pipeline
 
 clean: ## Remove the environment and everything made here
-	rm -rf $(VENV) $(MERGEKIT_VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info src/automerge/merging/kernels/libkernels.so mlflow.db mlartifacts
+	rm -rf $(VENV) $(MERGEKIT_VENV) .demo .benchmark .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info src/automerge/merging/kernels/libkernels.so mlflow.db mlartifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,14 @@ class Bench:
 
     def ours(self, technique: str, *options: str) -> Cost:
         """One merge by `automerge apply`."""
-        command = [self.automerge, "apply", "--recipe", self.recipe(technique), "--base", self.place / "base"]
+        command: list[str | Path] = [
+            self.automerge,
+            "apply",
+            "--recipe",
+            self.recipe(technique),
+            "--base",
+            self.place / "base",
+        ]
         sources = [part for name in WEIGHTS for part in ("--source", f"{name}={self.place / name}")]
         output = self.fresh("ours")
         return run([*command, *sources, "--output", output, *options], self.work / f"ours-{technique}.log")

@@ -35,7 +35,7 @@ def cut_mask(delta: torch.Tensor, keep: int, samples: list[Sample] | None = None
     mask = bits > cut.value
     for index, (first, number) in enumerate(tiles):
         equal = (bits[first : first + number] == cut.value).nonzero().squeeze(1)
-        mask[first + equal[: cut.ties(index)]] = True
+        mask[first + equal[: cut.ties[index]]] = True
     return mask
 
 

@@ -41,7 +41,7 @@ _MARGIN = 8.0
 (a row of a matrix shares its scale), so a sample of runs scatters more than a random one; with 8 it rarely misses."""
 
 _CANDIDATES = 3
-"""At most so many values are counted one by one; each costs a pass over the elements of a tile in cache."""
+"""At most so many values are counted, each in a pass over the elements of a tile in cache."""
 
 _DENSE = 4
 """A window with more than 1 / 4 of all elements is not collected: memory is bounded."""
@@ -53,15 +53,11 @@ class Cut:
 
     Attributes:
         value: bits of the smallest magnitude that is kept.
-        before: how many elements of this magnitude may still be kept when a tile begins, by tile; None: all are kept.
+        ties: by tile, how many elements of this magnitude are kept in it, the first ones; ALL_TIES spares the counting.
     """
 
     value: int
-    before: Sequence[int] | None
-
-    def ties(self, tile: int) -> int:
-        """How many elements equal to the cut are kept from the beginning of a tile on: the first ones are."""
-        return ALL_TIES if self.before is None else max(0, self.before[tile])
+    ties: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -180,11 +176,7 @@ def _search_tile(
     results: list[tuple[int, bytes | None] | list[_Count]] = []
     for delta, window in zip(deltas(first, count), windows, strict=True):
         if isinstance(window, list):
-            counts = []
-            for value in window:
-                above, equal = kernels.collect(delta, value, value, found.address, count + CHUNK)
-                counts.append(_Count(above, equal))
-            results.append(counts)
+            results.append([_Count(*kernels.count(delta, value)) for value in window])
         else:
             above, used = kernels.collect(delta, *window, found.address, count + CHUNK)
             kept = ctypes.string_at(found.address, 4 * used) if used * _DENSE <= count or count <= _LEAST else None
@@ -254,9 +246,8 @@ def _by_histogram(
 
 def _cut(value: int, ties: int, equal: Sequence[int]) -> Cut:
     """Of the elements equal to the cut, ``ties`` are kept: those of the lowest index. ``equal``: how many, by tile."""
-    if ties == sum(equal):
-        return Cut(value, None)
-    return Cut(value, [ties - met for met in accumulate(equal[:-1], initial=0)])
+    left = [ties - met for met in accumulate(equal[:-1], initial=0)]
+    return Cut(value, [ALL_TIES if here <= kept else max(0, kept) for here, kept in zip(equal, left, strict=True)])
 
 
 def _address(content: bytes) -> int:

@@ -272,9 +272,9 @@ class ElementwiseMerge:
             base, *data = self._addresses(first, count, scratch)
             sources = (Source * len(data))(*self._sources)
             for source, (cut, outliers) in zip(sources, cuts, strict=False):
-                source.cut, source.ties = cut.value, cut.ties(index)
+                source.cut, source.ties = cut.value, cut.ties[index]
                 if outliers is not None:
-                    source.outlier_cut, source.outlier_ties = outliers.value, outliers.ties(index)
+                    source.outlier_cut, source.outlier_ties = outliers.value, outliers.ties[index]
             not_finite, overflow = self._kernels.merge(
                 self._program, sources, base, data, first, count, output(first, count, scratch)
             )

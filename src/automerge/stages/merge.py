@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from automerge.checkpoint.digest import sha256_file
+from automerge.checkpoint.digest import checkpoint_digest, sha256_file
 from automerge.checkpoint.layout import INDEX_FILE
 from automerge.checkpoint.open import Checkpoint, open_checkpoint
 from automerge.merging.recipe import BASE, Recipe
@@ -54,6 +55,7 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
             fitted_sources,
             folder,
             max_shard_bytes=spec.merge.max_shard_bytes,
+            threads=spec.compute.threads,
             device=str(device_of(spec)),
             statistics=statistics,
         )
@@ -66,16 +68,18 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
         index = folder / INDEX_FILE
         if index.exists():
             written.append(index)
+        written = sorted(written)
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            digests = dict(zip(written, pool.map(sha256_file, written), strict=True))
         with open_checkpoint(folder) as merged:
+            weights = {path.relative_to(folder).as_posix(): digests[path] for path in merged.files}
             document_out = Merged(
                 recipe=document.digest(),
-                weights=merged.digest(),
+                weights=checkpoint_digest(weights),
                 parameter_count=sum(info.numel for info in merged.tensors.values()),
                 files=[
-                    FileRecord(
-                        path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_file(path)
-                    )
-                    for path in sorted(written)
+                    FileRecord(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=digest)
+                    for path, digest in digests.items()
                 ],
             )
         document_out.write(folder / MERGED)
