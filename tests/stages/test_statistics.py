@@ -248,14 +248,13 @@ def test_a_search_that_may_not_begin_leaves_the_statistics(start) -> None:
     assert run.statistics.read_bytes() == content
 
 
-def test_a_source_without_a_task_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+def test_a_source_without_a_task_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
     write_variant(tmp_path, TRIPLE)
     spec = variant_of(tmp_path, TRIPLE, search={**SEARCH, "techniques": ["linear", "regmean"]})
     spec = spec.model_copy(update={"tasks": spec.tasks[:2]})
-    run = prepared(spec, tmp_path / "run")
     with pytest.raises(SearchError, match=r"source 'blue' is the specialist of no task, .* statistics \(gram\)"):
-        run.search()
-    assert not [item for item in run.found.rglob("*") if item.suffix in (".jsonl", ".json", ".safetensors")]
+        fetch(spec, tmp_path / "run")
+    assert not [item for item in (tmp_path / "run").rglob("*") if item.suffix in (".json", ".safetensors")]
 
 
 def test_heads_of_their_own_have_statistics_of_the_shared_part_alone(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ each tile. The bytes are those of `automerge.merging.apply.merge_tensor`, whatev
 """
 
 import ctypes
+import math
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from automerge.checkpoint.info import ITEM_BYTES, TensorInfo
@@ -28,6 +30,9 @@ R = TypeVar("R")
 
 TILE = 1 << 18
 """Elements that a thread works on at a time: few enough for the cache, and enough to make Python's share small."""
+
+_MOST_THREADS = 16
+"""More of them wait for memory and disk, and each has scratch memory of its own."""
 
 _COMBINE = {"sum": 0, "agreeing": 1, "agreeing_normalised": 2}
 _KEEP_LARGEST, _KEEP_RANDOM = 1, 2
@@ -123,15 +128,25 @@ class Scratch:
         return self._inputs[index]
 
 
+def processors() -> int:
+    """How many processors this process may use: by its affinity, and by its control group's quota (a pod's limit)."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return allowed
+
+
 class Workers:
     """Threads that work on tiles, each with its own scratch memory. A context manager.
 
     Args:
-        threads: how many; by default one for each processor that this process may use. One works in the caller's.
+        threads: how many; by default one for each processor that this process may use, but not more than 16.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        count = threads or len(os.sched_getaffinity(0))
+        count = threads or min(_MOST_THREADS, processors())
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="merge") if count > 1 else None
         self._local = threading.local()
 

@@ -125,7 +125,9 @@ def plan_merge(
             if len(set(shapes.values())) > 1:
                 listed = ", ".join(f"{list(shape)} in {owner}" for owner, shape in shapes.items())
                 remedy = "declare it as private"
-                if len({shape[1:] for shape in shapes.values()}) == 1 and () not in shapes.values():
+                if len({shape[1:] for shape in shapes.values()}) == 1 and all(
+                    len(each) == 2 for each in shapes.values()
+                ):
                     remedy += ", or where tokens were added, say with merge.vocabulary how many rows to keep"
                 raise MergeError(f"tensor {name!r} has the shapes {listed}", remedy)
             for source in names:
