@@ -50,7 +50,7 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device, where there is one
 		echo 'GPU: not verified'; \
 	fi
 
-benchmark-merge: $(STAMP) $(MERGEKIT_STAMP) ## Measure the merge engine against mergekit, side by side (an hour, 25 GB of disk)
+benchmark-merge: $(STAMP) $(MERGEKIT_STAMP) ## Measure the merge engine against mergekit, side by side (an hour, 60 GB of disk)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.merge.search_step
 

@@ -70,7 +70,7 @@ class Bench:
 
     def recipe(self, technique: str) -> Path:
         """The recipe of one technique for the whole model; with the inputs' digests."""
-        path = self.work / f"{technique}.recipe.json"
+        path = self.work / f"{self.place.name}-{technique}.recipe.json"
         if not path.exists():
             values = {"density": DENSITY} if technique not in ("linear", "task_arithmetic") else {}
             sources = {name: self.place / name for name in WEIGHTS}
@@ -115,12 +115,19 @@ def main() -> None:
     for dtype in arguments.dtype:
         work = arguments.work / dtype
         work.mkdir(parents=True, exist_ok=True)
+        for stale in work.glob("*.recipe.json"):
+            stale.unlink()  # of other checkpoints
         place = checkpoints.make(arguments.work / "checkpoints", dtype, arguments.layers)
         bench = Bench(place.resolve(), work.resolve(), automerge.absolute(), arguments.mergekit.absolute())
         compare(bench, arguments.technique, arguments.rounds, console)
         if arguments.larger:
             deep = checkpoints.make(arguments.work / "checkpoints", dtype, arguments.layers * arguments.larger)
-            memory(bench, Bench(deep.resolve(), (work / "larger").resolve(), bench.automerge, bench.mergekit), console)
+            memory(
+                arguments.technique,
+                bench,
+                Bench(deep.resolve(), (work / "larger").resolve(), bench.automerge, bench.mergekit),
+                console,
+            )
 
 
 def compare(bench: Bench, techniques: list[str], rounds: int, console: Console) -> None:
@@ -154,10 +161,10 @@ def compare(bench: Bench, techniques: list[str], rounds: int, console: Console) 
     console.print(f"start-up: {startup.cpu:.2f} s CPU")
 
 
-def memory(small: Bench, large: Bench, console: Console) -> None:
+def memory(techniques: list[str], small: Bench, large: Bench, console: Console) -> None:
     """Ours on a deeper model: the peak must not grow."""
     large.work.mkdir(parents=True, exist_ok=True)
-    for technique in TECHNIQUES:
+    for technique in techniques:
         peaks = [bench.ours(technique, "--no-verify").peak / 1e6 for bench in (small, large)]
         console.print(
             f"{small.dtype} {technique}: peak {peaks[0]:.0f} MB, on {large.place.name} {peaks[1]:.0f} MB "

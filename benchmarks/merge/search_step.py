@@ -59,10 +59,10 @@ def recipe_of(technique: str, blocks: dict[str, list[str]], step: int) -> Recipe
     """A recipe in which the changed blocks have settings of their own at each step."""
     made = []
     for block, names in blocks.items():
-        weight = 0.1 + 0.013 * step if block in CHANGED else 0.4
+        weight = 0.1 + 0.013 * (step % 60) if block in CHANGED else 0.4
         values = load_technique(technique).declaration.defaults()
         if "density" in values:
-            values["density"] = 0.5 + 0.007 * step if block in CHANGED else 0.5
+            values["density"] = 0.5 + 0.007 * (step % 70) if block in CHANGED else 0.5
         made.append(
             RecipeBlock(
                 name=block,
@@ -113,8 +113,8 @@ def main() -> None:
             mine, other = [], []
             for step in range(arguments.rounds):
                 mine += [_ours(merger, recipe_of(technique, blocks, 10 * step + part), live) for part in range(10)]
-                weight = 0.1 + 0.013 * step
-                other.append(_theirs(theirs, technique, {"a": weight, "b": 0.9 - weight}, 0.5 + 0.007 * step))
+                weight = 0.1 + 0.013 * (step % 60)
+                other.append(_theirs(theirs, technique, {"a": weight, "b": 0.9 - weight}, 0.5 + 0.007 * (step % 70)))
             same = _equals_streamed(recipe_of(technique, blocks, 10 * arguments.rounds - 1), files, live)
             ours, slow = statistics.median(mine), statistics.median(other)
             table.add_row(

@@ -191,7 +191,7 @@ def test_engines_threads_and_shards_give_the_bytes_of_the_reference(
 @pytest.mark.parametrize("technique", ["linear", "ties", "dare_ties"])
 def test_threads_and_shards_do_not_change_the_bytes(tmp_path, technique):
     names = ["base", "a", "b"]
-    checkpoints = {name: save(tmp_path, name, draw(at, count=200_003)) for at, name in enumerate(names)}
+    checkpoints = {name: save(tmp_path, name, draw(at, count=600_003)) for at, name in enumerate(names)}
     changes = {"rescale": "l1"} if technique == "dare_ties" else {}
     recipe = make_recipe(checkpoints, [trunk(technique, {"a": 0.3, "b": 0.6}, **changes)])
     threads = torch.get_num_threads()
@@ -236,6 +236,41 @@ def test_tied_tensors_are_merged_once_and_stay_tied(tmp_path):
     apart = {"emb": torch.zeros(2, 2), "head": torch.zeros(2, 2)}
     resident(recipe, checkpoints, apart)
     assert apart["head"].tolist() == [[2, 2], [2, 2]]
+
+
+def test_a_tied_alias_of_another_shape_is_refused(tmp_path):
+    for other in (torch.ones(5, 2), torch.ones(1, 2)):
+        state = {"emb": torch.ones(1, 2), "head": other.expand(len(other), 2).contiguous()}
+        if other.shape == (1, 2):
+            state["emb"] = torch.ones(4, 2)
+        folder = tmp_path / str(len(other))
+        checkpoints = two(folder, state, {"emb": state["emb"].clone()})
+        recipe = make_recipe(checkpoints, [make_block("linear", ["emb"], HALVES)], tied={"head": "emb"})
+        with pytest.raises(MergeError, match="'emb' and 'head' are tied in the model, and their values differ"):
+            streamed(recipe, checkpoints, folder / "out")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_base_that_is_not_read_does_not_matter(tmp_path, suffix):
+    """Neither its dtype nor its values, wherever the tensors lie."""
+    generator = torch.Generator().manual_seed(0)
+    states = {name: {"w": torch.randn(1000, generator=generator), "bn.running_var": torch.rand(9)} for name in "ab"}
+    expected = None
+    for number, value in (("float32", 1.0), ("float64", 1.0), ("float32", float("nan"))):
+        states["base"] = {
+            "w": torch.full((1000,), value, dtype=getattr(torch, number)),
+            "bn.running_var": torch.full((9,), value, dtype=getattr(torch, number)),
+        }
+        folder = tmp_path / f"{number}{value}"
+        folder.mkdir()
+        for name, state in states.items():
+            write = save_file if suffix == "safetensors" else torch.save
+            write(state, folder / f"{name}.{suffix}")
+        checkpoints = {name: open_checkpoint(folder / f"{name}.{suffix}") for name in ("base", "a", "b")}
+        block = make_block("linear", ["w"], {"a": 0.3, "b": 0.6}).model_copy(update={"buffers": ["bn.running_var"]})
+        (file,) = streamed(make_recipe(checkpoints, [block]), checkpoints, folder / "out")
+        expected = expected or load_file(file)
+        assert_same_bytes(load_file(file), expected)
 
 
 def test_tied_tensors_that_differ_are_refused(tmp_path):

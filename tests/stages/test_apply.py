@@ -131,6 +131,82 @@ def test_an_input_that_changed_is_refused_unless_told_not_to_look(folder: Path) 
     assert apply(folder, "--recipe", "kept.json", "--base", "base", "--no-verify").returncode == 0
 
 
+def test_a_merge_into_the_folder_of_an_input(folder: Path) -> None:
+    done = apply(folder, "--technique", "linear", "--output", "maths")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((folder / "maths" / "config.json").read_text()) == {"of": "maths"}
+    assert Recipe.read(folder / "maths" / "recipe.json").blocks[0].technique == "linear"
+
+
+def test_an_adapter_brings_its_tokenizer_and_the_base_its_configuration(folder: Path) -> None:
+    lora = folder / "maths"
+    (lora / "model.safetensors").unlink()
+    (lora / "config.json").unlink()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["mlp"]}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    (lora / "tokenizer.json").write_text("{}")
+    factors = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(48, 2)}
+    save_file(
+        {f"base_model.model.mlp.{name}.weight": tensor for name, tensor in factors.items()},
+        lora / "adapter_model.safetensors",
+    )
+    done = apply(folder, "--technique", "linear", "--base", "base", "--weight", "maths=1", "--weight", "code=0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "recipe.json",
+        "tokenizer.json",
+    ]
+    assert json.loads((folder / "out" / "config.json").read_text()) == {"of": "base"}
+    merged = load_file(folder / "out" / "model.safetensors")
+    assert torch.equal(merged["mlp.weight"], (weights(0)["mlp.weight"].float() + 2 * 2).bfloat16())
+
+
+def test_a_folder_that_was_there_stays_and_hides_no_error(folder: Path) -> None:
+    (folder / "out").mkdir()
+    bad = {**weights(2), "norm.weight": torch.full((16,), float("nan")).bfloat16()}
+    save_file(bad, folder / "code" / "model.safetensors")
+    for output in ("out", "."):
+        done = apply(folder, "--technique", "linear", "--output", output)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: source 'code', tensor 'norm.weight': 16 NaN and 0 infinite values;")
+    assert (folder / "out").is_dir()
+
+
+def test_one_of_two_tied_names_is_private(folder: Path) -> None:
+    for seed, name in ((1, "maths"), (2, "code")):
+        shared = torch.full((4, 2), float(seed))
+        (folder / name / "model.safetensors").unlink()
+        torch.save({"lm_head.weight": shared, "model.embed.weight": shared}, folder / name / "pytorch_model.bin")
+    done = apply(folder, "--technique", "linear", "--private", "lm_head*")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_file(folder / "out" / "model.safetensors")["model.embed.weight"][0].tolist() == [1.5, 1.5]
+    assert load_file(folder / "out" / "heads" / "code.safetensors")["lm_head.weight"][0].tolist() == [2, 2]
+
+
+def test_too_many_files_for_the_process(folder: Path) -> None:
+    many = {f"w{index:02}": torch.ones(4) for index in range(40)}
+    for name in ("maths", "code"):
+        (folder / name / "model.safetensors").unlink()
+        for tensor, value in many.items():
+            save_file({tensor: value}, folder / name / f"{tensor}.safetensors")
+        index = {"weight_map": {tensor: f"{tensor}.safetensors" for tensor in many}}
+        (folder / name / "model.safetensors.index.json").write_text(json.dumps(index))
+    limited = ("bash", "-c", f'ulimit -n 32; exec {AUTOMERGE} "$@"', "bash")
+    done = apply(folder, "--technique", "linear", "--no-verify", program=limited)
+    assert done.returncode == 2
+    assert "cannot be opened (Too many open files); check the file, and the limit of open files" in done.stderr
+    assert not (folder / "out").exists()
+
+    for name in ("maths", "code"):
+        (folder / name / "model.safetensors.index.json").unlink()
+        save_file(many, folder / name / "model.safetensors")
+    done = apply(folder, "--technique", "linear", "--max-shard-bytes", "16", program=limited)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: out: 40 files cannot be open at once (Too many open files); choose larger")
+
+
 def test_merging_floats_needs_no_torch(folder: Path) -> None:
     """Its import alone costs more time and memory than most merges."""
     code = (
@@ -172,6 +248,15 @@ def test_merging_floats_needs_no_torch(folder: Path) -> None:
         (
             ("--technique", "linear", "--set", "x"),
             "error: --set 'x' is not of the form NAME=VALUE; see `automerge apply --help`",
+        ),
+        (
+            ("--technique", "linear", "--source", "org/model=code"),
+            "error: --source org/model=...: is no name of a source; use up to 63 letters, digits, '_', '.' and '-', "
+            "and another name than 'base'",
+        ),
+        (
+            ("--recipe", "none.json", "--seed", "0"),
+            "error: --seed says nothing beside --recipe; the recipe says it",
         ),
         (("--recipe", "none.json"), "error: none.json: no such file; `automerge search` writes it"),
         (

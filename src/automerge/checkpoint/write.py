@@ -7,6 +7,7 @@ is written and flushed to disk.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -131,7 +132,7 @@ class CheckpointWriter:
     def write_part(self, name: str, start: int, content: memoryview) -> None:
         """Write some bytes of one tensor, from its byte ``start``; safe to call from several threads.
 
-        Every byte of a tensor is to be written once.
+        Every byte of a tensor is to be written once; only their number is checked.
 
         Raises:
             CheckpointError: the tensor was not announced, or more of it than announced was written.
@@ -226,6 +227,11 @@ class CheckpointWriter:
 
     def _storage_error(self, error: OSError) -> StorageError:
         needed = sum(shard.size for shard in self._shards)
+        if error.errno == errno.EMFILE:
+            return StorageError(
+                f"{self._folder}: {len(self._shards)} files cannot be open at once ({error.strerror})",
+                "choose larger shards, or raise the limit of open files (ulimit -n)",
+            )
         return StorageError(
             f"{self._folder}: the checkpoint cannot be written ({error.strerror or error})",
             f"it needs {needed} bytes in a folder that can be written",

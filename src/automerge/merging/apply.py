@@ -63,6 +63,9 @@ def merge_tensor(
     if not output.is_floating_point:
         return merge_buffer(name, base, sources, block.weights, integer_buffers)
 
+    fused = load_technique(block.technique).declaration.fused(block.settings)
+    if name in block.buffers or (fused is not None and not fused.task_vectors):
+        base = None  # it is not read, so neither its dtype nor its values may matter
     dtypes = [tensor.dtype for tensor in (*sources.values(), *([] if base is None else [base]))]
     accumulate = torch.float64 if torch.float64 in dtypes else torch.float32
     if name in block.buffers:

@@ -40,9 +40,6 @@ _MARGIN = 8.0
 """Half the width of the window, in standard deviations of the rank of a random sample. Neighbouring elements are alike
 (a row of a matrix shares its scale), so a sample of runs scatters more than a random one; with 8 it rarely misses."""
 
-_CANDIDATES = 3
-"""At most so many values are counted, each in a pass over the elements of a tile in cache."""
-
 _DENSE = 4
 """A window with more than 1 / 4 of all elements is not collected: memory is bounded."""
 
@@ -162,7 +159,7 @@ def _window(sample: Sample, keep: int, total: int) -> _Window:
     high = sample.value(max(0.0, share - margin - 1 / size)) if share - margin > 0 else 0x7FFFFFFF
     candidates = sorted({low, sample.value(share), high}, reverse=True)
     counted = sum(sample.multiplicity(value, value) for value in candidates)
-    if len(candidates) <= _CANDIDATES and 10 * counted >= 9 * max(1, sample.multiplicity(low, high)):
+    if 10 * counted >= 9 * max(1, sample.multiplicity(low, high)):
         return candidates
     return low, high
 

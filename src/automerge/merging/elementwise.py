@@ -196,7 +196,7 @@ def fused_of(
         weights = average_weights([settings.weights[source] for source in sources])
         settings = Settings("linear", dict(zip(sources, weights, strict=True)))
     fused = load_technique(settings.technique).declaration.fused(settings)
-    if fused is None or len(sources) > MAX_SOURCES:
+    if fused is None or len(sources) > MAX_SOURCES or (fused.task_vectors and base is None):
         return None
     used = [*sources.values(), output, *([base] if base is not None and fused.task_vectors else [])]
     return (settings, fused) if all(info.dtype in DTYPES for info in used) else None

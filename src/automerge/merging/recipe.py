@@ -41,7 +41,8 @@ VocabularyRule = Literal["base", "largest"]
 BASE = "base"
 """The key of the base in ``Recipe.private``; no source may have this name."""
 
-SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+SourceName = Annotated[str, StringConstraints(pattern=SOURCE_NAME)]
 
 
 class InputDigest(Model):

@@ -117,8 +117,12 @@ class ResidentMerger:
         self._written.clear()
 
     def _plan(self, recipe: Recipe) -> list[Step]:
-        known = self._planned and replan(self._planned[1], self._planned[0], recipe)
-        steps = known or plan_merge(recipe, self._base_infos, self._source_infos)
+        known = None if self._planned is None else replan(self._planned[1], self._planned[0], recipe)
+        steps = known
+        if steps is None:
+            steps = plan_merge(recipe, self._base_infos, self._source_infos)
+            for step in steps:
+                self._refuse_untied(step)
         self._planned = (recipe, steps)
         return steps
 
@@ -157,7 +161,6 @@ class ResidentMerger:
         inputs = [*sources.values(), *([] if base is None else [base])]
         if fused is None or not all(tensor.is_contiguous() for tensor in inputs):
             return False
-        self._refuse_untied(step)
         if self._kernels is None:
             return self._merge_by_torch(recipe, step, fused, base, sources, place)
         merge = ElementwiseMerge(
@@ -207,7 +210,6 @@ class ResidentMerger:
             refuse_untied(step, "base", step.base, self._base, self._base.__getitem__)
 
     def _merged(self, recipe: Recipe, step: Step) -> torch.Tensor:
-        self._refuse_untied(step)
         base = self._base[step.base] if self._base is not None and step.base is not None else None
         return merge_tensor(
             step.name,

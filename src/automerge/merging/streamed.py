@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from automerge.checkpoint.info import ITEM_BYTES, TensorInfo
 from automerge.checkpoint.open import Checkpoint
 from automerge.checkpoint.write import CheckpointWriter
-from automerge.errors import MergeError, StorageError
+from automerge.errors import CheckpointError, MergeError, StorageError
 from automerge.merging.elementwise import ElementwiseMerge, InFile, InMemory, Operand, Scratch, Workers, fused_of
 from automerge.merging.fused import Fused
 from automerge.merging.kernels import DTYPES, load_kernels
@@ -110,11 +110,9 @@ def _merge(
     owners = [owner for owner in (*recipe.source_names, BASE) if recipe.private.get(owner)]
     total = len(steps) + sum(len(recipe.private[owner]) for owner in owners)
     counter = itertools.count(1)
-    with _removed_if_empty(folder), _removed_if_empty(folder / HEADS):
+    with _removed_if_empty(folder, ours=not folder.exists()), _removed_if_empty(folder / HEADS, ours=True):
         with CheckpointWriter(folder, {step.name: step.info for step in steps}, max_shard_bytes) as writer:
-            for step, following in itertools.zip_longest(steps, steps[1:]):
-                if following is not None:
-                    engine.announce(following, base, sources)
+            for step in steps:
                 engine.merge(recipe, step, base, sources, writer)
                 progress(step.name, next(counter), total)
             with _staging(folder) as staging:
@@ -141,13 +139,14 @@ def _merge(
 
 
 @contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the folder on the way out, if it is there and nothing is in it."""
+def _removed_if_empty(folder: Path, *, ours: bool) -> Iterator[None]:
+    """Remove a folder of ours on the way out, if it is there and nothing is in it."""
     try:
         yield
     finally:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with suppress(OSError):  # must not hide why the merge failed
+            if ours and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager
@@ -235,16 +234,6 @@ class _Engine:
 
         writer.write(name, convert(name, _label(owner), checkpoint.read(name), recipe.dtype))
 
-    def announce(self, step: Step, base: Checkpoint | None, sources: Mapping[str, Checkpoint]) -> None:
-        """Let the system read ahead what the next step needs, while this one computes."""
-        held = [(sources[source], stored) for source, stored in step.sources.items()]
-        if base is not None and step.base is not None:
-            held.append((base, step.base))
-        for checkpoint, stored in held:
-            extent = checkpoint.extent(stored)
-            if extent is not None:
-                os.posix_fadvise(self._open(extent.file), extent.begin, extent.nbytes, os.POSIX_FADV_WILLNEED)
-
     def _merged(
         self,
         recipe: Recipe,
@@ -311,8 +300,6 @@ class _Engine:
         def write(first: int, content: memoryview) -> None:
             writer.write_part(step.name, first * item, content)
 
-        if fused[1].task_vectors and base is None:
-            return False
         if not step.info.numel:
             write(0, memoryview(b""))
             return True
@@ -351,8 +338,16 @@ class _Engine:
 
     def _open(self, file: Path) -> int:
         if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            self._stack.callback(os.close, self._descriptors[file])
+            try:
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file}: cannot be opened ({error.strerror or error})",
+                    "check the file, and the limit of open files (ulimit -n)",
+                ) from None
+            self._stack.callback(os.close, descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the system then reads further ahead
+            self._descriptors[file] = descriptor
         return self._descriptors[file]
 
     def __enter__(self) -> _Engine:

@@ -123,6 +123,28 @@ def spellings(vocabulary: Vocabulary, tied: Mapping[str, str]) -> dict[str, list
     }
 
 
+def origin_of(recipe: Recipe, base: Checkpoint | None, sources: Mapping[str, Checkpoint]) -> str:
+    """The input (a source's name, or ``base``) whose configuration and tokenizer fit the merged weights.
+
+    The first source; where vocabularies differ in size, the first checkpoint that has the merged one's.
+    """
+    if recipe.vocabulary is None:
+        return recipe.source_names[0]
+    names = [name for group in spellings(recipe.vocabulary, recipe.tied).values() for name in group]
+    owners = {**({} if base is None else {BASE: base}), **sources}
+    order = [*recipe.source_names, BASE] if recipe.vocabulary.rule == "largest" else [BASE, *recipe.source_names]
+    fitting = (
+        owner
+        for owner in order
+        if owner in owners
+        and any(
+            name in owners[owner].tensors and owners[owner].tensors[name].shape[:1] == (recipe.vocabulary.rows,)
+            for name in names
+        )
+    )
+    return next(fitting, recipe.source_names[0])
+
+
 def fitted_infos(
     vocabulary: Vocabulary, groups: Mapping[str, Sequence[str]], infos: Mapping[str, Mapping[str, TensorInfo]]
 ) -> dict[str, dict[str, TensorInfo]]:

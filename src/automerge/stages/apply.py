@@ -1,5 +1,6 @@
 """apply: merge checkpoints on disk by a recipe, or by one technique for all tensors. No spec, no data, no run."""
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,16 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from automerge.checkpoint.companions import companion_files
-from automerge.checkpoint.layout import INDEX_FILE
+from automerge.checkpoint.layout import ADAPTER_CONFIG, INDEX_FILE
 from automerge.checkpoint.open import Checkpoint, open_checkpoint
 from automerge.checkpoint.write import MAX_SHARD_BYTES
-from automerge.errors import MergeError, SpecError
+from automerge.errors import MergeError, SpecError, StorageError
 from automerge.merging.buffers import is_buffer_name
-from automerge.merging.recipe import BASE, InputDigest, IntegerBuffers, OutputDtype, Recipe, RecipeBlock
+from automerge.merging.recipe import BASE, SOURCE_NAME, InputDigest, IntegerBuffers, OutputDtype, Recipe, RecipeBlock
 from automerge.merging.statistics import Statistics
 from automerge.merging.streamed import merge_checkpoints
 from automerge.merging.technique import Settings, Value, load_technique, validate_settings
-from automerge.merging.vocabulary import fit_checkpoints
+from automerge.merging.vocabulary import fit_checkpoints, origin_of
 from automerge.plugins import nearest
 from automerge.stages.documents import RECIPE, STATISTICS
 
@@ -50,11 +51,12 @@ def apply(
     statistics: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     threads: int | None = None,
+    verify: bool = True,
 ) -> list[Path]:
     """Write the merged checkpoint and ``recipe.json``.
 
     The files that make a folder of weights loadable (a transformers configuration and tokenizer) are copied from the
-    first source, or from the base where it has none.
+    first source, or from the base where it has none; an adapter's tokenizer goes before its base's.
 
     Args:
         recipe: the merge. An input whose digest it names is refused if it has another; one without is taken as it is.
@@ -64,6 +66,7 @@ def apply(
         statistics: the recipe's statistics file, where it names one.
         max_shard_bytes: largest size of one weight file.
         threads: how many; by default one for each processor that this process may use.
+        verify: read the inputs once more, to check their digests.
 
     Returns:
         the files written.
@@ -79,9 +82,10 @@ def apply(
             if statistics is None:
                 raise MergeError(f"the recipe needs its {STATISTICS}", "pass it with the recipe")
             file = stack.enter_context(Statistics.open(statistics, recipe.statistics))
+        checked = recipe if verify else _without_digests(recipe)
         written = merge_checkpoints(
-            recipe,
-            *fit_checkpoints(recipe, opened.base, opened.sources),
+            checked,
+            *fit_checkpoints(checked, opened.base, opened.sources),
             folder,
             max_shard_bytes=max_shard_bytes,
             statistics=file,
@@ -89,12 +93,42 @@ def apply(
         )
         if (folder / INDEX_FILE).exists():
             written.append(folder / INDEX_FILE)
-        origins = [sources[recipe.source_names[0]], *([base] if base is not None else [])]
-        companions = next((found for origin in origins if (found := companion_files(origin))), [])
-        written += [Path(shutil.copyfile(companion, folder / companion.name)) for companion in companions]
+        origin = origin_of(recipe, opened.base, opened.sources)
+        companions = _companions(sources.get(origin), base)
         if file is not None and statistics is not None:
-            written.append(Path(shutil.copyfile(statistics, folder / STATISTICS)))
+            companions.append(statistics)
+        written += [_copied(companion, folder) for companion in companions]
         return [*written, recipe.write(folder / RECIPE)]
+
+
+def _companions(origin: Path | None, base: Path | None) -> list[Path]:
+    """What makes the merged weights loadable, by name; the origin's, completed by the base's where it is an adapter."""
+    files = {file.name: file for file in companion_files(origin)} if origin is not None else {}
+    if base is not None and (origin is None or not files or (origin / ADAPTER_CONFIG).is_file()):
+        own = {name: file for name, file in files.items() if name != "config.json"}
+        files = {file.name: file for file in companion_files(base)} | own
+    return [files[name] for name in sorted(files)]
+
+
+def _copied(file: Path, folder: Path) -> Path:
+    """Copy a file beside the result, whole or not at all; a merge into an input's own folder has it there already.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    target = folder / file.name
+    if file.resolve() == target.resolve():
+        return target
+    temporary = folder / f".{file.name}.tmp"
+    try:
+        shutil.copyfile(file, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{target}: cannot be written ({error.strerror or error})", "pass a folder that can be written"
+        ) from None
+    return target
 
 
 def recipe_of_technique(
@@ -148,8 +182,10 @@ def recipe_of_technique(
             for owner, each in every.items()
         }
         first = next(iter(opened.sources.values()))
-        tied = {alias: name for alias, name in first.aliases.items() if alias not in kept[next(iter(sources))]}
-        names = [name for name in first.tensors if name not in tied and name not in kept[next(iter(sources))]]
+        own = kept[next(iter(sources))]
+        # Of two names for one tensor of which one is private, the other is merged by itself.
+        tied = {alias: name for alias, name in first.aliases.items() if alias not in own and name not in own}
+        names = [name for name in first.tensors if name not in tied and name not in own]
         infos = first.tensors
         buffers = [name for name in names if not infos[name].is_floating_point or is_buffer_name(name)]
 
@@ -195,17 +231,21 @@ def apply_command(
     verify: bool,
 ) -> list[Path]:
     """What `automerge apply` does; every option as its user wrote it."""
+    for name in sources:
+        if name == BASE or not re.fullmatch(SOURCE_NAME, name):
+            raise SpecError(
+                f"--source {name}=...: is no name of a source",
+                "use up to 63 letters, digits, '_', '.' and '-', and another name than 'base'",
+            )
     if (recipe is None) == (technique is None):
         raise SpecError("a merge is by a recipe or by one technique", "pass either --recipe or --technique")
     paths = {name: Path(path) for name, path in sources.items()}
     if recipe is not None:
         of_technique = {"--weight": weights, "--set": values, "--private": private, "--dtype": dtype, "--seed": seed}
-        meaningless = [option for option, value in of_technique.items() if value]
+        meaningless = [option for option, value in of_technique.items() if value is not None and value not in ((), {})]
         if meaningless:
             raise SpecError(f"{meaningless[0]} says nothing beside --recipe", "the recipe says it")
         document = Recipe.read(recipe)
-        if not verify:
-            document = _without_digests(document)
     else:
         assert technique is not None  # noqa: S101 - checked above
         document = recipe_of_technique(
@@ -227,6 +267,7 @@ def apply_command(
         statistics=recipe.parent / STATISTICS if recipe is not None else None,
         max_shard_bytes=max_shard_bytes or MAX_SHARD_BYTES,
         threads=threads,
+        verify=verify and recipe is not None,  # the digests of a new recipe are those of these very files
     )
 
 

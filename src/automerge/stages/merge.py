@@ -1,18 +1,17 @@
 """merge: rebuild the merged checkpoint from a recipe and the checkpoints; needs no data."""
 
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 from automerge.checkpoint.digest import checkpoint_digest, sha256_file
 from automerge.checkpoint.layout import INDEX_FILE
-from automerge.checkpoint.open import Checkpoint, open_checkpoint
-from automerge.merging.recipe import BASE, Recipe
+from automerge.checkpoint.open import open_checkpoint
+from automerge.merging.recipe import Recipe
 from automerge.merging.statistics import Statistics
 from automerge.merging.streamed import merge_checkpoints
-from automerge.merging.vocabulary import fit_checkpoints, spellings
+from automerge.merging.vocabulary import fit_checkpoints, origin_of
 from automerge.spec import Spec
 from automerge.stages.documents import MERGED, STATISTICS, FileRecord, Merged
 from automerge.stages.inputs import Inputs
@@ -59,7 +58,7 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
             device=str(device_of(spec)),
             statistics=statistics,
         )
-        for companion in opened.companion_files(_origin(document, base, sources)):
+        for companion in opened.companion_files(origin_of(document, base, sources)):
             copy = folder / companion.name
             shutil.copyfile(companion, copy)
             written.append(copy)
@@ -86,21 +85,3 @@ def merge(spec: Spec, inputs: Path, recipe: Path, folder: Path) -> Merged:
         metrics.set("automerge_merge_parameters", document_out.parameter_count)
         metrics.set("automerge_merge_size_bytes", sum(record.bytes for record in document_out.files))
     return document_out
-
-
-def _origin(recipe: Recipe, base: Checkpoint | None, sources: Mapping[str, Checkpoint]) -> str:
-    """Whose configuration and tokenizer fit the merged weights."""
-    if recipe.vocabulary is None:
-        return recipe.source_names[0]
-    names = [name for group in spellings(recipe.vocabulary, recipe.tied).values() for name in group]
-    owners = {**({} if base is None else {BASE: base}), **sources}
-    order = [*recipe.source_names, BASE] if recipe.vocabulary.rule == "largest" else [BASE, *recipe.source_names]
-    return next(
-        owner
-        for owner in order
-        if owner in owners
-        and any(
-            name in owners[owner].tensors and owners[owner].tensors[name].shape[:1] == (recipe.vocabulary.rows,)
-            for name in names
-        )
-    )

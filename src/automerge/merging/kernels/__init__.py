@@ -23,6 +23,8 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 MAX_SOURCES = 32
 
+_VERSION = 1  # ``VERSION`` in kernels.c
+
 CHUNK = 1024
 """Elements that are worked on at a time; `Kernels.collect` needs this much more room than it finds."""
 
@@ -182,9 +184,17 @@ def kernels_of(level: str) -> Kernels:
     """The kernels at one level of the instruction set: ``v4`` or ``v3`` (x86-64 only), or ``v1``, which is everywhere.
 
     Raises:
-        OSError: the library is not there.
+        OSError: the library is not there, or was built from other sources than these.
     """
-    return Kernels(ctypes.CDLL(str(LIBRARY)), level)
+    library = ctypes.CDLL(str(LIBRARY))
+    try:
+        library.interface.restype = ctypes.c_int64
+        found = library.interface()
+    except AttributeError:
+        found = None
+    if found != _VERSION << 48 | ctypes.sizeof(Program) << 24 | ctypes.sizeof(Source):
+        raise OSError(f"{LIBRARY} was built from other sources: install the package again")
+    return Kernels(library, level)
 
 
 @functools.cache
@@ -192,7 +202,7 @@ def load_kernels() -> Kernels | None:
     """The kernels at the best level of this processor; None, with a warning, where the library was not built."""
     try:
         return kernels_of(_best_level())
-    except (OSError, AttributeError) as error:  # not built, or built from other sources than these
+    except OSError as error:
         log.warning("the compiled kernels are not there (%s): merging takes the slower path through torch", error)
         return None
 

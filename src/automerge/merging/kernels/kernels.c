@@ -25,6 +25,10 @@ enum dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum keep { KEEP_ALL = 0, KEEP_LARGEST = 1, KEEP_RANDOM = 2 };
 enum combine { SUM = 0, AGREEING = 1, AGREEING_NORMALISED = 2 };
 
+/* The caller asks for this first: a library of another version has other functions or other structures. Raise it with
+   every change of either. */
+#define VERSION 1
+
 /* What a technique does to one tensor. */
 typedef struct {
   int32_t sources;
@@ -99,6 +103,10 @@ typedef uint32_t __attribute__((aligned(1), may_alias)) any_uint32;
 #define NAME(name) name##_v1
 #define WIDTH 8
 #include "elementwise.h"
+
+int64_t interface(void) {
+  return (int64_t)VERSION << 48 | (int64_t)sizeof(program) << 24 | (int64_t)sizeof(source);
+}
 
 /* Sorts, in place; `spare` has room for as many values. */
 void sort(uint32_t *restrict values, uint32_t *restrict spare, int64_t count) {
