@@ -307,6 +307,20 @@ REFUSED: list[tuple[str, dict[str, Tensor], dict[str, Any], str]] = [
     ("integers", {name: part.int() for name, part in Q.items()}, {}, "is int32, not floating-point"),
     ("magnitudes", Q | {"q.lora_magnitude_vector": torch.ones(6)}, {}, "q has DoRA magnitudes, and use_dora is False"),
     ("no magnitudes", Q, {"use_dora": True}, "q has no DoRA magnitudes, and use_dora is True"),
+    *(
+        (f"magnitudes {shape}", Q | {"q.lora_magnitude_vector": torch.ones(shape)}, {"use_dora": True}, message)
+        for shape, message in {
+            (3,): r"q has DoRA magnitudes \[3\], which do not fit the 6 rows of its B; get the adapter again",
+            (1,): r"magnitudes \[1\], which",
+            (8, 6): r"magnitudes \[8, 6\], which",
+            (2, 3): r"magnitudes \[2, 3\], which",
+            (): r"magnitudes \[\], which",
+        }.items()
+    ),
+    ("an endless rank", Q, {"r": 10**400}, "adapter_config.json: r: "),
+    ("an endless rank of a module", Q, {"rank_pattern": {"q": 10**400}}, "adapter_config.json: rank_pattern.q: "),
+    ("an endless scale", Q, {"lora_alpha": 10**400}, "adapter_config.json: lora_alpha: "),
+    ("an endless scale of a module", Q, {"alpha_pattern": {"q": 10**400}}, "adapter_config.json: alpha_pattern.q: "),
     ("a pattern", Q, {"alpha_pattern": {"(": 2}}, r"the pattern '\(' is no regular expression"),
     ("a pattern that takes for ever", Q, {"alpha_pattern": {"(.*)*x": 2}}, "is too complex"),
     ("another one", Q, {"rank_pattern": {"a?" * 40 + "a" * 40: 2}}, "is too complex"),

@@ -238,6 +238,26 @@ def test_statistics_that_do_not_fit_are_refused(case, changes, problem):
         case.resident(recipe, Statistics.of_tensors(tensors))
 
 
+@pytest.mark.parametrize(("name", "kind"), [("fisher", "fisher"), ("regmean", "gram")])
+@pytest.mark.parametrize("gone", [("a", "b"), ("b",)], ids=str)
+def test_a_file_without_statistics_of_a_source_is_not_silently_linear(case, name, kind, gone):
+    left_out = tuple(f"{kind}/{source}/" for source in gone)
+    tensors = {key: tensor for key, tensor in statistics_of().items() if not key.startswith(left_out)}
+    with pytest.raises(
+        MergeError, match=rf"statistics: has no '{kind}' statistics of source '{gone[0]}'; search again in a new folder"
+    ):
+        case.resident(case.recipe(name), Statistics.of_tensors(tensors))
+
+
+@pytest.mark.parametrize("name", ["fisher", "regmean"])
+def test_a_tensor_without_statistics_is_averaged(case, name):
+    tensors = {key: tensor for key, tensor in statistics_of().items() if not key.endswith("/fc.weight")}
+    merged, plain = (
+        case.resident(case.recipe(each), Statistics.of_tensors(tensors))["fc.weight"] for each in (name, "linear")
+    )
+    assert torch.equal(merged, plain)
+
+
 def test_gram_matrices_that_do_not_fit_are_refused(case):
     tensors = {**statistics_of(), "gram/a/conv.weight": torch.eye(3)}
     with pytest.raises(MergeError, match=r"has \[3, 3\] under 'gram/a/conv\.weight', expected \[12, 12\]"):

@@ -17,7 +17,7 @@ from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock, Voc
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.streamed import merge_checkpoints
 from automerge.merging.technique import load_technique
-from automerge.merging.vocabulary import fit_checkpoints, fit_rows, fit_tensor, fitted_infos, spellings
+from automerge.merging.vocabulary import fit_checkpoints, fit_rows, fit_tensor, fitted_infos, origin_of, spellings
 
 ELEMENTWISE = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
@@ -200,6 +200,31 @@ def test_without_a_vocabulary_the_inputs_are_passed_on(tmp_path: Path) -> None:
     assert base is checkpoints[BASE] and same["a"] is sources["a"], "their rows are the recipe's already"
     base, same = fit_checkpoints(recipe.model_copy(update={"vocabulary": None}), checkpoints[BASE], sources)
     assert base is checkpoints[BASE] and same == sources
+
+
+def test_a_recipe_of_other_sources_is_left_to_the_plan(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path, {"a": 4, "b": 6, "c": 6})
+    recipe = recipe_of({name: checkpoints[name] for name in "ab"}, "linear", [1, 1], 6)
+    for names in ("ac", "a", "abc"):
+        sources = {name: checkpoints[name] for name in names}
+        base, same = fit_checkpoints(recipe, None, sources)
+        assert base is None and same == sources
+        with pytest.raises(MergeError, match=f"the recipe's sources are a, b, got {', '.join(names)}; pass the"):
+            streamed(recipe, sources, tmp_path / "out")
+
+
+def test_more_rows_than_any_input_has_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path, {BASE: 4, "a": 4, "b": 6})
+    recipe = recipe_of(checkpoints, "linear", [1, 1], 7)
+    with pytest.raises(MergeError, match=r"no input has the 7 rows of the recipe's vocabulary in 'emb\.weight'; pass"):
+        streamed(recipe, checkpoints, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_whose_configuration_fits(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path, {"a": 4, "b": 6})
+    origins = {rows: origin_of(recipe_of(checkpoints, "linear", [1, 1], rows), None, checkpoints) for rows in (6, 4, 3)}
+    assert origins == {6: "b", 4: "a", 3: "a"}, "the first source where no input has that many rows"
 
 
 def test_a_cut_view_needs_no_copy_and_keeps_the_digest(tmp_path: Path) -> None:

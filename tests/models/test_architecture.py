@@ -44,6 +44,15 @@ def test_a_module_that_returns_no_tensor(make):
         _architecture().call(_Returns(make), {"inputs": torch.ones(1)})
 
 
+def test_a_vocabulary_that_cannot_be_resized_is_one_sentence():
+    class Fixed(nn.Embedding):
+        def resize_token_embeddings(self, rows):
+            raise ValueError(f"{rows} is no multiple of 8")
+
+    with pytest.raises(ModelError, match=r"model\.target: Fixed\.resize_token_embeddings\(7\) fails: ValueError: 7 is"):
+        _architecture().resize_vocabulary(Fixed(8, 2), 7)
+
+
 def test_example_inputs_of_the_spec():
     example = {
         "x": {"shape": [1, 3, 4, 4]},

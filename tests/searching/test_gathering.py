@@ -130,6 +130,28 @@ def test_positions_without_a_target_do_not_count():
     assert not torch.equal(every["mix.weight"], one["mix.weight"])
 
 
+class Shifted(nn.Module):
+    """Autograd gives both shifts one and the same gradient, and the scale an expanded one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.zeros(1, 3))
+        self.other = nn.Parameter(torch.ones(1, 3))
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs):
+        return (inputs + self.one + self.other) * self.scale.sum()
+
+
+def test_gradients_that_share_their_memory():
+    inputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    found = fisher(seeded(Shifted), {"t": task(inputs)})
+    assert found["one"].count_nonzero() == 3
+    assert torch.equal(found["one"], found["other"])
+    assert found["scale"].count_nonzero() == 2
+    assert found["scale"][0] == found["scale"][1]
+
+
 def test_a_model_that_nothing_changes_is_refused():
     with pytest.raises(SearchError, match="source 'a': its Fisher information is zero"):
         fisher(seeded(lambda: nn.Linear(3, 1)), {"t": task(torch.ones(4, 3))})

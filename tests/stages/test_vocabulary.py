@@ -18,6 +18,7 @@ from automerge.stages.fetch import fetch
 from automerge.stages.merge import merge
 from automerge.stages.search import search
 from automerge.stages.segment import segment
+from automerge.stages.tokens import check_added_tokens
 from tests.checkpoint.adapters import lora, write_adapter
 
 ROWS = {"base": 16, "same": 16, "grown": 18, "other": 20}
@@ -208,9 +209,48 @@ def test_one_number_for_two_tokens_is_refused(project: Path, tmp_path: Path, for
     ):
         fetch(spec, tmp_path / "fetch")
     fetch(spec.model_copy(update={"merge": MergeSpec(vocabulary="base")}), tmp_path / "fetch")
-    (tmp_path / "other" / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer file"):
-        fetch(spec, tmp_path / "fetch")
+
+
+def write_tokens(path: Path, *tokens: str) -> None:
+    path.write_text(json.dumps({"model": {"vocab": {token: number for number, token in enumerate(tokens)}}}))
+
+
+class TestTokens:
+    """What is read of the tokenizers, without a model."""
+
+    @staticmethod
+    def folders(folder: Path, **tokens: str) -> dict[str, Path]:
+        for name, each in tokens.items():
+            (folder / name).mkdir()
+            write_tokens(folder / name / "tokenizer.json", *each)
+        return {name: folder / name for name in tokens}
+
+    def test_rows_without_a_token_hide_no_clash(self, tmp_path: Path) -> None:
+        folders = self.folders(tmp_path, base="xyz", grown="xyzab", other="xyzac")
+        with pytest.raises(CheckpointError, match="token 4 is 'b' in 'grown' and 'c' in 'other'"):
+            check_added_tokens(folders, 8, 8)
+        check_added_tokens(folders, 8, 4)
+
+    def test_numbers_that_every_checkpoint_has_are_not_looked_at(self, tmp_path: Path) -> None:
+        check_added_tokens(self.folders(tmp_path, grown="xyza", other="xyzb"), 4, 8)
+        check_added_tokens(self.folders(tmp_path, empty=""), 4, 8)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            '{"model": 3}',
+            '{"added_tokens": [{"id": "5", "content": "x"}]}',
+            '{"added_tokens": [{"id": 5, "content": null}]}',
+            '{"added_tokens": [{"id": true, "content": "x"}]}',
+            '{"model": {"vocab": {"x": null, "y": 1}}}',
+            '{"model": {"vocab": {"x": 0.5}}}',
+            '{"model": {"vocab": [[null, -1.0]]}}',
+        ],
+    )
+    def test_a_malformed_file_is_one_sentence(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer file; get it again"):
+            check_added_tokens({"a": tmp_path}, 0, 9)
 
 
 def test_named_tensors(project: Path, tmp_path: Path) -> None:
@@ -292,6 +332,37 @@ class Talkative(Net):
         }
         rows = evaluated(spec, tmp_path / "run")
         assert {"merged", "b", "ties"} <= set(rows) and "a" not in rows, "which cannot read the tokens of b"
+
+    def test_a_private_part_of_the_vocabulary(self, tmp_path: Path) -> None:
+        """It keeps its rows, and the model has one number of them."""
+        spec = self.spec(tmp_path, "Talkative")
+        split = spec.model_copy(update={"private": ["out.*"]})
+        with pytest.raises(
+            SpecError,
+            match=r"private: 'out\.bias', 'out\.weight' are of the vocabulary, whose other tensors change their number "
+            "of rows; make all of them private, or none",
+        ):
+            fetch(split, tmp_path / "split")
+        equal = split.model_dump()
+        equal["sources"][1]["uri"] = equal["sources"][0]["uri"]
+        equal["tasks"][1] |= {name: equal["tasks"][0][name] for name in ("validation", "test")}
+        fetch(Spec.model_validate(equal), tmp_path / "equal")
+
+    def test_two_tokens_in_rows_that_all_have(self, tmp_path: Path) -> None:
+        spec = self.spec(tmp_path, "Talkative").model_dump()
+        for name, token in {"a": "<a>", "c": "<c>"}.items():
+            (tmp_path / name).mkdir()
+            shutil.copyfile(tmp_path / "a.safetensors", tmp_path / name / "model.safetensors")
+            write_tokens(tmp_path / name / "tokenizer.json", "x", "y", "z", token)
+        (tmp_path / "base").mkdir()
+        shutil.copyfile(tmp_path / "base.safetensors", tmp_path / "base" / "model.safetensors")
+        write_tokens(tmp_path / "base" / "tokenizer.json", "x", "y", "z")
+        spec["base"]["uri"] = str(tmp_path / "base")
+        for source, task, folder in zip(spec["sources"], spec["tasks"], "ac", strict=True):
+            source["uri"] = str(tmp_path / folder)
+            task |= {split: str(tmp_path / "a-data.safetensors") for split in ("validation", "test")}
+        with pytest.raises(CheckpointError, match="token 3 is '<a>' in 'a' and '<c>' in 'b'"):
+            fetch(Spec.model_validate(spec), tmp_path / "fetch")
 
     def test_one_that_has_not(self, tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="the model does not say which of its tensors have one row per token; name"):

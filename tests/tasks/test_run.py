@@ -44,6 +44,34 @@ def test_a_loss_that_is_not_finite_names_task_and_sample():
         evaluate_task(ARCHITECTURE, module, TASK, data, 4, "cpu")
 
 
+class _Embedded(nn.Embedding):
+    def get_input_embeddings(self):
+        return self
+
+    def forward(self, input_ids):
+        raise AssertionError("on a GPU a token beyond the rows would end the process")
+
+
+class _Unembedded(_Embedded):
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+    def forward(self, input_ids):
+        return nn.functional.one_hot(input_ids[:, 0] % 3, 3).float()
+
+
+def test_a_token_beyond_the_models_rows_is_refused_before_the_model_runs():
+    ids = torch.tensor([[1, 2], [19, 0], [3, 3]])
+    data = TaskData({"input_ids": ids}, {"labels": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(TaskError, match="task 'blobs': the data have the token 19 and the model only 16 rows; "):
+        evaluate_task(ARCHITECTURE, _Embedded(16, 3).eval(), TASK, data, 1, "cpu")
+    data.inputs["input_ids"] = ids - 3
+    with pytest.raises(TaskError, match="task 'blobs': the data have the token -3; "):
+        evaluate_task(ARCHITECTURE, _Embedded(16, 3).eval(), TASK, data, 1, "cpu")
+    data.inputs["input_ids"] = ids
+    assert len(evaluate_task(ARCHITECTURE, _Unembedded(16, 3).eval(), TASK, data, 1, "cpu")) == 3
+
+
 def test_a_model_that_does_not_take_the_inputs():
     with pytest.raises(TaskError, match=r"task 'blobs': the model fails on the inputs inputs \[4, 4\]: RuntimeError"):
         evaluate_task(ARCHITECTURE, nn.Linear(5, 3), TASK, _data(), 4, "cpu")

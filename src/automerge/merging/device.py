@@ -290,11 +290,10 @@ class DeviceMerge:
         keep = self._fused.keep
         if not isinstance(keep, KeepLargest):
             return []
-        kept = max(1, int(keep.density * self._count))
-        if kept >= self._count:
+        both = keep.ranks(self._count)
+        if both is None:
             return []
-        outliers = min(int(keep.gamma * self._count), self._count - kept)
-        ranks = [outliers + kept, *([outliers] if outliers else [])]
+        ranks = [rank for rank in both if rank]
         wanted = [(source, rank) for source in range(len(self._weights)) for rank in ranks]
         # By the upper and then by the lower 16 bits of the magnitudes: exact, in fixed memory.
         upper = self._histograms([(source, None) for source, _ in wanted])
@@ -304,7 +303,7 @@ class DeviceMerge:
         for counts, (bits, remaining, _) in zip(lower, found, strict=True):
             low, ties, equal = _bin_of(counts, remaining)
             cuts.append(_Cut(bits << 16 | low, None if ties == equal else ties, self._device))
-        if not outliers:
+        if len(ranks) == 1:
             return [(cut, None) for cut in cuts]
         return list(zip(cuts[::2], cuts[1::2], strict=True))
 

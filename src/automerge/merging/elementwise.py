@@ -313,10 +313,9 @@ class ElementwiseMerge:
         keep = self._fused.keep
         if not isinstance(keep, KeepLargest):
             return []
-        kept = max(1, int(keep.density * self._count))
-        if kept >= self._count:
+        ranks = keep.ranks(self._count)
+        if ranks is None:
             return []
-        outliers = min(int(keep.gamma * self._count), self._count - kept)
 
         def deltas(first: int, count: int) -> Iterable[Delta]:
             base, *data = self._addresses(first, count, workers.scratch())
@@ -326,6 +325,6 @@ class ElementwiseMerge:
         def found(count: int) -> list[Cut]:
             return find_cuts(self._kernels, workers, deltas, tiles, len(self._sources), count, self._samples)
 
-        lower = found(outliers + kept)
-        upper: Sequence[Cut | None] = found(outliers) if outliers else [None] * len(lower)
+        lower = found(ranks[0])
+        upper: Sequence[Cut | None] = found(ranks[1]) if ranks[1] else [None] * len(lower)
         return list(zip(lower, upper, strict=True))

@@ -16,6 +16,17 @@ class KeepLargest:
     density: float
     gamma: float = 0.0
 
+    def ranks(self, count: int) -> tuple[int, int] | None:
+        """Of ``count`` magnitudes the first so many are above the lower cut, and the second so many are outliers.
+
+        None: all are kept.
+        """
+        kept = max(1, int(self.density * count))
+        if kept >= count:
+            return None
+        outliers = min(int(self.gamma * count), count - kept)
+        return outliers + kept, outliers
+
 
 @dataclass(frozen=True)
 class KeepRandom:
