@@ -18,7 +18,7 @@ from torch import Tensor
 from automerge.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint, sha256_file
 from automerge.checkpoint import adapter as adapter_module
 from automerge.checkpoint.adapter import Adapter
-from automerge.checkpoint.layout import peek_tensors
+from automerge.checkpoint.peek import peek_tensors
 from automerge.errors import CheckpointError
 from tests.checkpoint.adapters import PREFIX, lora, write_adapter
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from automerge.merging import cut as module
 from automerge.merging.cut import Sample, find_cuts
-from automerge.merging.elementwise import Workers
 from automerge.merging.kernels import DTYPES, Delta, load_kernels
 from automerge.merging.sparsify import largest
+from automerge.merging.workers import Workers
 
 KERNELS = load_kernels()
 TILE = 4096

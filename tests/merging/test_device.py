@@ -13,9 +13,10 @@ from automerge.errors import CheckpointError, MergeError
 from automerge.merging import device as device_module
 from automerge.merging.apply import merge_tensor
 from automerge.merging.device import DeviceMerge, OnDevice, Outbox, Room, Transfers, memory_explained
-from automerge.merging.elementwise import InFile, InMemory, Workers, fused_of
+from automerge.merging.elementwise import fused_of
 from automerge.merging.recipe import RecipeBlock, canonical, torch_dtype
 from automerge.merging.technique import load_technique
+from automerge.merging.workers import InFile, InMemory, Workers
 from tests.devices import DEVICES
 
 FUSED = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"]

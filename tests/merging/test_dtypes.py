@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from automerge.checkpoint.checkpoint import Checkpoint
 from automerge.checkpoint.info import TAG_OF_DTYPE, TensorInfo
-from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.checkpoint.open import open_checkpoint
 from automerge.checkpoint.write import CheckpointWriter
 from automerge.errors import MergeError
 from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from automerge.checkpoint.info import info_of
 from automerge.errors import MergeError
-from automerge.merging import elementwise
+from automerge.merging import workers as workers_module
 from automerge.merging.apply import merge_tensor
-from automerge.merging.elementwise import ElementwiseMerge, InMemory, Workers, fused_of
+from automerge.merging.elementwise import ElementwiseMerge, fused_of
 from automerge.merging.kernels import MAX_SOURCES, load_kernels
 from automerge.merging.recipe import RecipeBlock, canonical, torch_dtype
 from automerge.merging.technique import load_technique
+from automerge.merging.workers import InMemory, Workers
 
 FUSED = [
     "linear",
@@ -29,7 +30,7 @@ KERNELS = load_kernels()
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles, the last of them not full, from tensors that a test can afford."""
-    monkeypatch.setattr(elementwise, "TILE", 4096)
+    monkeypatch.setattr(workers_module, "TILE", 4096)
 
 
 def make_block(technique, weights, **changes):

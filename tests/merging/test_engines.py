@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from automerge.checkpoint.open import open_checkpoint
 from automerge.errors import MergeError, StorageError
-from automerge.merging import elementwise
+from automerge.merging import workers as workers_module
 from automerge.merging.apply import merge_tensor
 from automerge.merging.recipe import InputDigest, Recipe, RecipeBlock
 from automerge.merging.resident import ResidentMerger
@@ -174,7 +174,7 @@ def test_engines_threads_and_shards_give_the_bytes_of_the_reference(
         for name in shapes
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elementwise, "TILE", 2048)
+        patch.setattr(workers_module, "TILE", 2048)
         for threads in (1, 2):
             files = streamed(recipe, checkpoints, folder / f"out{threads}", threads=threads)
             assert_same_bytes({name: tensor for file in files for name, tensor in load_file(file).items()}, expected)

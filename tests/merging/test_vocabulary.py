@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from automerge.checkpoint.checkpoint import Checkpoint
 from automerge.checkpoint.info import TensorInfo
-from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.checkpoint.open import open_checkpoint
 from automerge.errors import MergeError
 from automerge.merging.plan import plan_merge
 from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock, Vocabulary
@@ -211,6 +212,13 @@ def test_a_recipe_of_other_sources_is_left_to_the_plan(tmp_path: Path) -> None:
         assert base is None and same == sources
         with pytest.raises(MergeError, match=f"the recipe's sources are a, b, got {', '.join(names)}; pass the"):
             streamed(recipe, sources, tmp_path / "out")
+
+
+def test_so_is_a_base_that_is_missing(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path, {BASE: 8, "a": 4, "b": 6})
+    recipe = recipe_of(checkpoints, "linear", [1, 1], 8)
+    with pytest.raises(MergeError, match="the recipe has a base and no base was passed"):
+        streamed(recipe, {name: checkpoints[name] for name in "ab"}, tmp_path / "out")
 
 
 def test_more_rows_than_any_input_has_are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_token_beyond_the_models_rows_is_refused_before_the_model_runs():
     with pytest.raises(TaskError, match="task 'blobs': the data have the token 19 and the model only 16 rows; "):
         evaluate_task(ARCHITECTURE, _Embedded(16, 3).eval(), TASK, data, 1, "cpu")
     data.inputs["input_ids"] = ids - 3
-    with pytest.raises(TaskError, match="task 'blobs': the data have the token -3; "):
+    with pytest.raises(TaskError, match="task 'blobs': the data have the token -3 and the model only 16"):
         evaluate_task(ARCHITECTURE, _Embedded(16, 3).eval(), TASK, data, 1, "cpu")
     data.inputs["input_ids"] = ids
     assert len(evaluate_task(ARCHITECTURE, _Unembedded(16, 3).eval(), TASK, data, 1, "cpu")) == 3

@@ -1,11 +1,12 @@
 """Weights on disk: open, validate, compare, digest, write."""
 
+from automerge.checkpoint.checkpoint import Checkpoint, Extent
 from automerge.checkpoint.compatibility import check_compatibility
 from automerge.checkpoint.digest import checkpoint_digest, sha256_file
 from automerge.checkpoint.header import Header, parse_header, read_header
 from automerge.checkpoint.info import TensorInfo, info_of
-from automerge.checkpoint.layout import peek_tensors
-from automerge.checkpoint.open import Checkpoint, Extent, open_checkpoint
+from automerge.checkpoint.open import open_checkpoint
+from automerge.checkpoint.peek import peek_tensors
 from automerge.checkpoint.write import MAX_SHARD_BYTES, CheckpointWriter
 
 __all__ = [

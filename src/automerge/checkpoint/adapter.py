@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
+from automerge.checkpoint.checkpoint import Checkpoint, Extent
+from automerge.checkpoint.files import open_files
 from automerge.checkpoint.header import decode_object
 from automerge.checkpoint.info import TensorInfo
 from automerge.checkpoint.layout import ADAPTER_CONFIG, Layout
-from automerge.checkpoint.open import Checkpoint, Extent, open_layout
 from automerge.checkpoint.rounding import round_to
 from automerge.errors import CheckpointError
 
@@ -62,6 +63,10 @@ _WITHOUT_EFFECT = frozenset(
 """Entries that say how the adapter was trained, or where it sits, which the names of its tensors say too."""
 
 
+Rank = Annotated[int, Field(ge=1, le=2**31)]
+"""Of A and B. The bound is beyond any matrix; a longer integer would not even fit a float."""
+
+
 def _empty(value: Any) -> Any:
     return {} if value is None else value
 
@@ -72,9 +77,9 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
-    r: PositiveInt = 8
+    r: Rank = 8
     lora_alpha: FiniteFloat = 8
-    rank_pattern: Annotated[dict[str, PositiveInt], BeforeValidator(_empty)] = Field(default_factory=dict)
+    rank_pattern: Annotated[dict[str, Rank], BeforeValidator(_empty)] = Field(default_factory=dict)
     alpha_pattern: Annotated[dict[str, FiniteFloat], BeforeValidator(_empty)] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
@@ -250,7 +255,7 @@ class Adapter(Checkpoint):
         config = read_config(content, str(folder / ADAPTER_CONFIG))
         self._base = base
         weights = tuple(name for name in layout.files if name != ADAPTER_CONFIG)
-        self._adapter = open_layout(path, folder, Layout(layout.kind, weights))
+        self._adapter = open_files(path, folder, Layout(layout.kind, weights))
         updates = plan_updates(config, self._adapter.tensors, base.tensors, str(path))
         self.tensors = updated_infos(updates, self._adapter.tensors, base.tensors)
         replaced = {name for name, update in updates.items() if update.full is not None}
@@ -460,6 +465,13 @@ def _layout_of(
         raise CheckpointError(
             f"{where}: A {list(a)} and B {list(b)} do not fit {name}, which has the shape {list(shape)} in the base",
             "name the base that the adapter was trained on",
+        )
+    magnitude = adapter[entry["magnitude"]].shape if "magnitude" in entry else None
+    if magnitude is not None and magnitude != b[:1]:
+        raise CheckpointError(
+            f"{where}: {entry['module']} has DoRA magnitudes {list(magnitude)}, which do not fit the {b[0]} rows of "
+            "its B",
+            _GET,
         )
     return None if straight and transposed else transposed
 

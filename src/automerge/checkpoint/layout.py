@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, NoReturn
 
-from automerge.checkpoint.header import decode_object, parse_header
-from automerge.checkpoint.info import TensorInfo
+from automerge.checkpoint.header import decode_object
 from automerge.errors import CheckpointError
 
 Kind = Literal["safetensors", "torch"]
@@ -127,46 +126,7 @@ def check_index(layout: Layout, tensors: Mapping[str, Collection[str]], where: s
                 raise CheckpointError(f"{where}: {file} has tensor {name!r}, which the index does not list there", _GET)
 
 
-def peek_tensors(
-    sizes: Mapping[str, int],
-    read: Callable[[str, int, int], bytes],
-    where: str,
-    base: Mapping[str, TensorInfo] | None = None,
-) -> dict[str, TensorInfo] | None:
-    """Read dtypes and shapes of a checkpoint that is not here yet, from the index and the headers alone.
-
-    Args:
-        sizes: bytes of every file of the folder by relative name, or of the one file.
-        read: reads the bytes ``start`` to ``stop`` of a file: ``read(name, start, stop)``.
-        where: names the checkpoint in errors.
-        base: the base's tensors, where they are known; an adapter has those and its own.
-
-    Returns:
-        Dtype and shape by name, in sorted name order; None for PyTorch files, which have no header, and for an adapter
-        whose base is not known.
-
-    Raises:
-        CheckpointError: as :func:`find_layout` and :func:`~automerge.checkpoint.header.parse_header`; an adapter that
-            is not supported or does not fit the base.
-    """
-    layout = find_layout(sizes, lambda name: read(name, 0, sizes[name]), where)
-    if layout.is_adapter:
-        return _peek_adapter(layout, sizes, read, where, base)
-    if layout.kind == "torch":
-        return None
-    headers = {
-        file: parse_header(lambda start, stop, file=file: read(file, start, stop), sizes[file], f"{where}/{file}")  # type: ignore[misc]
-        for file in layout.files
-    }
-    check_index(layout, {file: header.tensors for file, header in headers.items()}, where)
-    tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
-    return {name: tensors[name] for name in sorted(tensors)}
-
-
 _GET = "get the checkpoint again from where it came"
-
-# A configuration is read whole before anything else is known of it; a real one has a few kilobytes.
-_MAX_CONFIG_BYTES = 10_000_000
 
 
 def _adapter(names: Collection[str], where: str) -> Layout:
@@ -180,26 +140,6 @@ def _adapter(names: Collection[str], where: str) -> Layout:
         )
     weights = next(name for name in _ADAPTER_FILES if name in names)
     return Layout(_KINDS[PurePosixPath(weights).suffix], (ADAPTER_CONFIG, weights))
-
-
-def _peek_adapter(
-    layout: Layout,
-    sizes: Mapping[str, int],
-    read: Callable[[str, int, int], bytes],
-    where: str,
-    base: Mapping[str, TensorInfo] | None,
-) -> dict[str, TensorInfo] | None:
-    from automerge.checkpoint.adapter import plan_updates, read_config, updated_infos
-
-    config_size = sizes[ADAPTER_CONFIG]
-    if config_size > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{where}/{ADAPTER_CONFIG}: has {config_size} bytes, which no configuration has", _GET)
-    config = read_config(read(ADAPTER_CONFIG, 0, config_size), f"{where}/{ADAPTER_CONFIG}")
-    if layout.kind == "torch" or base is None:
-        return None
-    weights = layout.files[1]
-    header = parse_header(lambda start, stop: read(weights, start, stop), sizes[weights], f"{where}/{weights}")
-    return updated_infos(plan_updates(config, header.tensors, base, where), header.tensors, base)
 
 
 def _sharded(kind: Kind, names: Collection[str], text: bytes, where: str) -> Layout:

@@ -19,12 +19,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from automerge.merging.kernels import ALL_TIES, CHUNK, Delta, Kernels
-
-if TYPE_CHECKING:
-    from automerge.merging.elementwise import Workers
+from automerge.merging.workers import Workers
 
 Deltas = Callable[[int, int], Iterable[Delta]]
 """(first element, count) -> that range of the task vector of each source, read into the calling thread's scratch."""

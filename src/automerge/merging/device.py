@@ -17,10 +17,10 @@ import torch
 from automerge.checkpoint.info import ITEM_BYTES, TensorInfo
 from automerge.errors import MergeError
 from automerge.merging.consensus import sum_of_agreeing, weighted_sum
-from automerge.merging.elementwise import Buffer, Operand, Workers
 from automerge.merging.fused import Fused, KeepLargest, KeepRandom
 from automerge.merging.random import keep_threshold, lanes, mask_key
 from automerge.merging.technique import Settings
+from automerge.merging.workers import Buffer, Operand, Workers
 
 TILE = 1 << 22
 """Elements that are worked on at a time: enough for a device to be busy, and few beside a model. The temporaries of a

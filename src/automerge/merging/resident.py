@@ -18,13 +18,14 @@ from automerge.errors import MergeError
 from automerge.merging.apply import merge_tensor, refuse_non_finite
 from automerge.merging.cut import Sample
 from automerge.merging.device import DeviceMerge, OnDevice, Room, Transfers, memory_explained, memory_of
-from automerge.merging.elementwise import ElementwiseMerge, InMemory, Operand, Workers, fused_of
+from automerge.merging.elementwise import ElementwiseMerge, fused_of
 from automerge.merging.fused import Fused
 from automerge.merging.kernels import load_kernels
 from automerge.merging.plan import Step, plan_merge, refuse_untied, replan
 from automerge.merging.recipe import Recipe, canonical, settings_key
 from automerge.merging.statistics import Statistics, check_statistics
 from automerge.merging.technique import Settings, load_technique
+from automerge.merging.workers import InMemory, Operand, Workers
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ without any data. Its keys:
     float32, shape of the tensor: the diagonal of the source's Fisher information on the data of its own tasks, divided
     by the L2 norm of the whole diagonal over all merged tensors, so that the sources' have one scale.
 ``gram/<source>/<tensor>``
-    float32 [n, n], for the weight [out, ...] of a linear layer or a convolution with n inputs (a convolution's patch,
-    flattened as its weight is): the mean of x x' over what the layer of the source was given on those data.
+    float32 [n, n], for the weight [out, ...] of an ``nn.Linear``, or of an ungrouped 2-D convolution with explicit zero
+    padding, with n inputs (a convolution's patch, flattened as its weight is): the mean of x x' over what the layer of
+    the source was given on those data. No other layer has any.
 ``recalibrated/<tensor>``
     float64: the mean or the variance of a BatchNorm layer's input in the merged model.
 
@@ -77,6 +78,8 @@ class Statistics:
         self.where = where
         self.digest = digest
         self.metadata = dict(metadata or {})
+        # A source's name has no slash; a tensor's may.
+        self._owners = {tuple(key.split("/", 2)[:2]) for key in self.infos}
         self._read = read
         self._close: Callable[[], None] = lambda: None
 
@@ -153,10 +156,16 @@ class Statistics:
             like: a source's tensor, whose device and dtype they get.
 
         Raises:
-            MergeError: a shape does not fit the tensor, or a source lacks what another has.
+            MergeError: there are none of a kind and source for any tensor, a shape does not fit the tensor, or a source
+                lacks what another has.
         """
         found: dict[Statistic, list[torch.Tensor]] = {}
         for kind in kinds:
+            without = [source for source in sources if (kind, source) not in self._owners]
+            if without:
+                raise MergeError(
+                    f"{self.where}: has no {kind!r} statistics of source {without[0]!r}", "search again in a new folder"
+                )
             keys = [statistic_key(kind, source, tensor) for source in sources]
             present = [key for key in keys if key in self.infos]
             if not present:

@@ -19,17 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from automerge.checkpoint.checkpoint import Checkpoint
 from automerge.checkpoint.info import ITEM_BYTES, TensorInfo
-from automerge.checkpoint.open import Checkpoint
 from automerge.checkpoint.write import CheckpointWriter
 from automerge.errors import CheckpointError, MergeError, StorageError
-from automerge.merging.elementwise import ElementwiseMerge, InFile, InMemory, Operand, Scratch, Workers, fused_of
+from automerge.merging.elementwise import ElementwiseMerge, fused_of
 from automerge.merging.fused import Fused
 from automerge.merging.kernels import DTYPES, load_kernels
 from automerge.merging.plan import Step, plan_merge, refuse_untied
 from automerge.merging.recipe import BASE, Recipe, canonical
 from automerge.merging.statistics import Statistics, check_statistics
 from automerge.merging.technique import Settings
+from automerge.merging.workers import InFile, InMemory, Operand, Scratch, Workers
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ Before anything is merged, every input is brought to the recipe's number of rows
 - More rows than that are cut off at the end.
 - A row that a source lacks becomes the plain mean of that row over the sources that have it. So the row is merged over
   those sources alone, and the weight of the source that lacks it goes to them. A row that one source alone has is that
-  source's, unchanged, under every technique that works element by element and all weights; one that works on whole
-  matrices (SLERP, the SVD family) sees it as part of the matrix.
+  source's, unchanged but for rounding, under every technique that works element by element and all weights; one that
+  works on whole matrices (SLERP, RegMean, the SVD family) sees it as part of the matrix.
 - A row that no source has becomes the base's: nobody changed it.
 - A row that the base lacks becomes that mean in the base too. A new token has no ancestor. Zeros in its place would
   make the whole row a task vector, which task arithmetic with the weights 0.5 and 0.5 would write at half its length,
@@ -24,8 +24,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from automerge.checkpoint.checkpoint import Checkpoint, Extent
 from automerge.checkpoint.info import TensorInfo
-from automerge.checkpoint.open import Checkpoint, Extent
 from automerge.errors import MergeError
 from automerge.merging.recipe import BASE, Recipe, Vocabulary
 
@@ -79,7 +79,8 @@ def fit_checkpoints(
 ) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     """The inputs as a recipe's vocabulary wants them: views, which compute what they must when it is read.
 
-    Without a vocabulary in the recipe, and for inputs that fit already, the inputs themselves.
+    Without a vocabulary in the recipe, and for inputs that fit already, the inputs themselves; so too for others than
+    the recipe's, which `automerge.merging.plan.plan_merge` refuses.
 
     Args:
         recipe: the merge.
@@ -90,10 +91,11 @@ def fit_checkpoints(
         the same with equal shapes; digests, paths and files are those of the inputs.
 
     Raises:
-        MergeError: an input lacks a tensor of the vocabulary.
+        MergeError: an input lacks a tensor of the vocabulary, or no input has that many rows.
     """
     vocabulary = recipe.vocabulary
-    if vocabulary is None:
+    others = sorted(sources) != sorted(recipe.source_names) or (base is None) != (recipe.base is None)
+    if vocabulary is None or others:
         return base, dict(sources)
     groups = spellings(vocabulary, recipe.tied)
     inputs = {**({} if base is None else {BASE: base}), **{name: sources[name] for name in recipe.source_names}}
@@ -156,7 +158,8 @@ def fitted_infos(
         infos: dtype and shape by input and name, private tensors left out.
 
     Raises:
-        MergeError: a source lacks a tensor of the vocabulary, or holds it as a scalar or in integers.
+        MergeError: a source lacks a tensor of the vocabulary, or holds it as a scalar or in integers; or no input has
+            that many rows.
     """
     planned: dict[str, dict[str, TensorInfo]] = {owner: {} for owner in infos}
     for name, group in groups.items():
@@ -179,6 +182,12 @@ def fitted_infos(
                 if owner == BASE and info.shape[0] < vocabulary.rows:
                     dtype = "float64" if wide else "float32"
                 planned[owner][spelling] = TensorInfo(dtype, (vocabulary.rows, *info.shape[1:]))
+        lengths = [infos[owner][spelling].shape[0] for owner, found in held.items() for spelling in found]
+        if max(lengths, default=0) < vocabulary.rows:
+            raise MergeError(
+                f"no input has the {vocabulary.rows} rows of the recipe's vocabulary in {name!r}",
+                "pass the recipe's inputs",
+            )
     return planned
 
 

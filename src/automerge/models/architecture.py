@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from automerge.errors import ModelError
+from automerge.errors import AutoMergeError, ModelError
 from automerge.plugins import load_plugin
 from automerge.spec import ModelSpec
 
@@ -118,7 +118,7 @@ class Architecture(ABC):
         By default by the module's ``resize_token_embeddings(rows)``.
 
         Raises:
-            ModelError: the module has no such method.
+            ModelError: the module has no such method, or it fails.
         """
         resize: Callable[[int], object] | None = getattr(module, "resize_token_embeddings", None)
         if resize is None:
@@ -127,7 +127,15 @@ class Architecture(ABC):
                 "weights, and has no resize_token_embeddings",
                 "give it a method resize_token_embeddings(rows), or set the number in the arguments",
             )
-        resize(rows)
+        try:
+            resize(rows)
+        except AutoMergeError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"model.target: {type(module).__name__}.resize_token_embeddings({rows}) fails: {short_reason(error)}",
+                "mend the method, or bring the checkpoints to one number of tokens",
+            ) from error
         return module
 
     def set_vocabulary(self, folder: Path, rows: int) -> None:

@@ -137,7 +137,6 @@ def fisher_diagonals(
     for parameter in wanted.values():
         parameter.requires_grad_(True)
     sums = {name: torch.zeros_like(each, dtype=torch.float32, requires_grad=False) for name, each in wanted.items()}
-    count = 0
     for task_name, task, indices in _shares(tasks, FISHER_SAMPLES):
         for index in indices:
             sample = task.data.subset([index]).to(device)
@@ -156,8 +155,9 @@ def fisher_diagonals(
                 ) from error
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
-                    total.add_(gradient.to(torch.float32).square_())
-            count += 1
+                    # Not in place: the gradient is autograd's, and several parameters may share one.
+                    wide = gradient.to(torch.float32)
+                    total.addcmul_(wide, wide)
     for parameter in wanted.values():
         parameter.requires_grad_(False)
     norm = math.sqrt(math.fsum(float(total.double().square().sum()) for total in sums.values()))

@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 
+from automerge.checkpoint.checkpoint import Checkpoint
 from automerge.checkpoint.companions import companion_files
 from automerge.checkpoint.layout import ADAPTER_CONFIG, INDEX_FILE
-from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.checkpoint.open import open_checkpoint
 from automerge.checkpoint.write import MAX_SHARD_BYTES
 from automerge.errors import MergeError, SpecError, StorageError
 from automerge.merging.buffers import is_buffer_name

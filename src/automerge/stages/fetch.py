@@ -16,10 +16,11 @@ from automerge import storage
 from automerge.checkpoint.adapter import Adapter
 from automerge.checkpoint.compatibility import check_compatibility, shared_tensors
 from automerge.checkpoint.info import TensorInfo
-from automerge.checkpoint.layout import is_adapter, peek_tensors
+from automerge.checkpoint.layout import is_adapter
 from automerge.checkpoint.open import open_checkpoint
+from automerge.checkpoint.peek import peek_tensors
 from automerge.documents import digest_of
-from automerge.errors import CheckpointError, ModelError, TaskError
+from automerge.errors import CheckpointError, ModelError, SpecError, TaskError
 from automerge.merging.apply import refuse_non_finite
 from automerge.merging.recipe import BASE
 from automerge.models.architecture import Architecture, load_architecture
@@ -58,6 +59,7 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         MergeError: a checkpoint has NaN or infinite values, or no technique fits the inputs.
         ModelError: the checkpoints have different names, and the model that says which are tied cannot be built.
         PluginError, TaskError: a plug-in that the spec names is unknown, or a task's data are unusable.
+        SpecError: `merge.vocabulary` does not fit the model or `private`.
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
         check_plugins(spec)
@@ -201,9 +203,16 @@ def _vocabulary_tensors(
     groups = vocabulary_names(spec, architecture, module)
     rows = vocabulary_rows(groups, tensors)
     vocabulary = vocabulary_of(spec, groups, rows)
-    if vocabulary is not None:
+    private = sorted(vocabulary_names(spec, architecture, module, private=True))
+    if vocabulary is not None and private:
+        raise SpecError(
+            f"private: {', '.join(map(repr, private))} {'is' if len(private) == 1 else 'are'} of the vocabulary, whose "
+            "other tensors change their number of rows",
+            "make all of them private, or none",
+        )
+    if rows:
         folders = {owner: tokenizer_folder(inputs, folder, owner) for owner in rows}
-        check_added_tokens(folders, min(rows.values()), vocabulary.rows)
+        check_added_tokens(folders, min(rows.values()), vocabulary.rows if vocabulary else max(rows.values()))
     return [name for group in groups.values() for name in group]
 
 

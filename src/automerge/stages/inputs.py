@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from automerge.checkpoint.checkpoint import Checkpoint
 from automerge.checkpoint.info import TensorInfo
-from automerge.checkpoint.open import Checkpoint, open_checkpoint
+from automerge.checkpoint.open import open_checkpoint
 from automerge.errors import MergeError, SpecError
 from automerge.merging.recipe import BASE, Vocabulary
 from automerge.merging.technique import usable_techniques
@@ -149,10 +150,12 @@ def open_inputs(inputs: Iterable[Input], folder: Path, stack: ExitStack) -> dict
     return opened
 
 
-def vocabulary_names(spec: Spec, architecture: Architecture, module: nn.Module) -> dict[str, list[str]]:
+def vocabulary_names(
+    spec: Spec, architecture: Architecture, module: nn.Module, *, private: bool = False
+) -> dict[str, list[str]]:
     """The tensors with one row per token: their names, each with all that are tied to it and itself.
 
-    They are those of `merge.vocabulary_tensors`, else those that the model names; without private ones.
+    They are those of `merge.vocabulary_tensors`, else those that the model names; without private ones, or these alone.
 
     Raises:
         SpecError: there are none.
@@ -176,7 +179,7 @@ def vocabulary_names(spec: Spec, architecture: Architecture, module: nn.Module) 
     return {
         name: [name, *(alias for alias, target in names.tied.items() if target == name)]
         for name in canonical
-        if not any(fnmatchcase(name, pattern) for pattern in spec.private)
+        if any(fnmatchcase(name, pattern) for pattern in spec.private) == private
     }
 
 

@@ -11,7 +11,8 @@ from automerge.errors import CheckpointError
 def check_added_tokens(folders: Mapping[str, Path], first: int, rows: int) -> None:
     """Refuse two checkpoints that give one number to different tokens, among those that not every checkpoint has.
 
-    Checkpoints without a ``tokenizer.json`` are taken at their word.
+    Numbers are compared from the first one on that some checkpoint has no row for, or a row and no token: embeddings
+    are often padded. Checkpoints without a ``tokenizer.json`` are taken at their word.
 
     Args:
         folders: where each checkpoint's tokenizer is, by name.
@@ -21,10 +22,12 @@ def check_added_tokens(folders: Mapping[str, Path], first: int, rows: int) -> No
     Raises:
         CheckpointError: two differ; or a tokenizer cannot be read.
     """
+    paths = {owner: folder / "tokenizer.json" for owner, folder in folders.items()}
+    tokens = {owner: _tokens(path) for owner, path in paths.items() if path.is_file()}
+    first = min([first, *(max(own) + 1 for own in tokens.values() if own)])
     seen: dict[int, tuple[str, str]] = {}
-    for owner, folder in folders.items():
-        path = folder / "tokenizer.json"
-        for number, token in sorted(_tokens(path).items()) if path.is_file() else []:
+    for owner, own in tokens.items():
+        for number, token in sorted(own.items()):
             if not first <= number < rows:
                 continue
             other, meaning = seen.setdefault(number, (owner, token))
@@ -32,7 +35,7 @@ def check_added_tokens(folders: Mapping[str, Path], first: int, rows: int) -> No
                 raise CheckpointError(
                     f"token {number} is {meaning!r} in {other!r} and {token!r} in {owner!r}, so their embeddings "
                     "would be averaged",
-                    "number the added tokens alike, or keep the base's by merge.vocabulary: base",
+                    "number the added tokens alike, or cut them off by merge.vocabulary: base, if the base is smaller",
                 )
 
 
@@ -45,6 +48,9 @@ def _tokens(path: Path) -> dict[int, str]:
         # A list of tokens with their scores, or a map from token to number.
         pairs = enumerate(entry[0] for entry in vocabulary) if isinstance(vocabulary, list) else None
         tokens = dict(pairs) if pairs is not None else {number: token for token, number in vocabulary.items()}
-        return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens") or []}
+        tokens |= {entry["id"]: entry["content"] for entry in content.get("added_tokens") or []}
+        if not all(type(number) is int and isinstance(token, str) for number, token in tokens.items()):
+            raise TypeError
+        return tokens
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: not a readable tokenizer file", "get it again from where it came") from None

@@ -31,9 +31,10 @@ def evaluate_task(
         Scores of ``len(data)`` samples; losses and metrics are computed in float32 from the module's logits.
 
     Raises:
-        TaskError: the loss of a sample is not finite, the logits do not fit the targets, or the model fails on the
-            inputs.
+        TaskError: the loss of a sample is not finite, the logits do not fit the targets, the model fails on the inputs,
+            or it has no embedding for a token of the data.
     """
+    _check_tokens(module, task, data)
     parts: list[Scores] = []
     start = 0
     with torch.inference_mode():
@@ -59,3 +60,20 @@ def evaluate_task(
             parts.append(scores)
             start += len(batch)
     return Scores.concatenate(parts)
+
+
+def _check_tokens(module: nn.Module, task: Task, data: TaskData) -> None:
+    """Refuse tokens that the model has no embedding for: on a GPU they would end the process, not only the call."""
+    ids = data.inputs.get("input_ids")
+    if ids is None or not ids.numel() or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        return
+    try:
+        rows = len(module.get_input_embeddings().weight)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    for token in (int(ids.min()), int(ids.max())):
+        if not 0 <= token < rows:
+            raise TaskError(
+                f"task {task.spec.name!r}: the data have the token {token} and the model only {rows} rows",
+                "tokenise the data for this model, or merge with the vocabulary that they need by merge.vocabulary",
+            )

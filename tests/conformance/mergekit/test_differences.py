@@ -5,6 +5,7 @@ import torch
 
 from automerge.errors import MergeError
 from automerge.merging.recipe import canonical
+from automerge.merging.technique import load_technique
 from tests.conformance.mergekit.comparison import (
     BASE,
     Job,
@@ -59,15 +60,10 @@ def test_bfloat16_is_merged_in_float32(mergekit):
     assert torch.equal(asked.to(torch.bfloat16), ours)
 
 
-def test_rescaling_is_by_the_density_unless_asked_otherwise(mergekit):
-    """mergekit's `rescale: true` is our l1; ours without it is its `rescale: false` with lambda over the density."""
-    models = draw("w")
-    mergekit.save("rescale", models)
-    job = as_job(Merge("dare_linear", HALVES, {**DARE, "rescale": "inverse_density"}), "rescale", "rescale")
-    assert job.parameters["rescale"] is False
-    assert job.parameters["lambda"] == 1.0 / 0.5
-    with pytest.raises(ValueError, match="own probability"):
-        as_job(Merge("della", HALVES, {**DARE, "rescale": "inverse_density"}), "no", "no")
+@pytest.mark.parametrize("technique", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_rescaling_is_by_the_density_unless_asked_otherwise(technique):
+    """mergekit's default, `rescale: true`, is our l1."""
+    assert load_technique(technique).declaration.defaults()["rescale"] == "inverse_density"
 
 
 def test_a_mask_depends_on_the_tensors_name_and_not_on_the_others(mergekit):
@@ -215,9 +211,14 @@ def test_sce_averages_what_agrees_however_small_its_weight(mergekit):
     assert torch.allclose(merge_ours(merge, models)["w"], torch.tensor([1e-4, 1, 1, 1]), rtol=3e-7)
 
 
-def test_sce_has_weights_of_its_own_only_in_mergekit():
-    with pytest.raises(ValueError, match="no weights"):
-        as_job(Merge("sce", {"a": 0.3, "b": 0.7}, {"select_topk": 1.0}), "no", "no")
+def test_weights_have_an_effect_on_sce_only_in_ours():
+    """They multiply the shares of the energy; mergekit's `sce` has none."""
+    models = draw("w")
+    equal, other = (
+        merge_ours(Merge("sce", weights, {"select_topk": 1.0}), models)["w"]
+        for weights in (HALVES, {"a": 0.3, "b": 0.7})
+    )
+    assert (equal - other).abs().mean() > 0.1
 
 
 def test_one_density_for_all_sources(mergekit):

@@ -10,7 +10,8 @@ leaves open, and what is done here:
 - Weights. The paper has none; Gram matrices are means over inputs here, so the weights alone say what a source counts.
 - Inputs that are always zero have no data: each diagonal gets ``_RIDGE`` times the mean of all diagonals added, so that
   their columns become the weighted average, as every tensor without Gram matrices does (biases, norms, embeddings).
-- A convolution without groups is a linear layer on its patches.
+- Only ``nn.Linear``, and 2-D convolutions without groups and with explicit zero padding, which are linear layers on
+  their patches, have Gram matrices; any other layer is averaged.
 
 Cost: one product a source and one Cholesky decomposition a layer in float64; for [m, n] about 2 m n^2 operations a
 source and n^3 / 3. Results agree to 1e-5 of the largest magnitude between devices and numbers of threads, and exactly
