@@ -60,7 +60,7 @@ def test_integer_and_floating_point_do_not_mix():
     with pytest.raises(MergeError, match="float32 in 'a', int64 in 'b'"):
         merge(torch.ones(1), torch.ones(1).long(), dtype="float16")
     with pytest.raises(MergeError, match=r"base, tensor 'w' is torch\.int64"):
-        merge(torch.ones(1), torch.ones(1), torch.ones(1).long())
+        merge(torch.ones(1), torch.ones(1), torch.ones(1).long(), ARITHMETIC)
     with pytest.raises(MergeError, match="complex"):
         merge(torch.ones(1).to(torch.complex64), torch.ones(1).to(torch.complex64))
 
@@ -71,7 +71,7 @@ def test_non_finite_inputs_are_refused_by_name(dtype):
     with pytest.raises(MergeError, match="source 'b', tensor 'w': 3 NaN and 0 infinite values"):
         merge(torch.ones(4).to(dtype), bad)
     with pytest.raises(MergeError, match="base, tensor 'w': 3 NaN"):
-        merge(torch.ones(4).to(dtype), torch.ones(4).to(dtype), bad)
+        merge(torch.ones(4).to(dtype), torch.ones(4).to(dtype), bad, ARITHMETIC)
 
 
 def test_infinite_values_are_counted():

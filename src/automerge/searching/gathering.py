@@ -23,7 +23,7 @@ from automerge.merging.technique import Declaration, Statistic
 from automerge.models.architecture import Architecture, short_reason
 from automerge.searching.evaluator import MeasuredTask
 from automerge.tasks.language_modelling import IGNORED
-from automerge.tasks.task import TaskData
+from automerge.tasks.run import check_tokens, run_on
 
 FISHER_SAMPLES = 512
 """Most samples of a source for its Fisher information, spread evenly over its tasks; each needs a backward pass."""
@@ -87,11 +87,14 @@ def gather(
 
     Raises:
         SearchError: a model cannot be differentiated, a statistic is not finite, or no merged parameter can have one.
+        TaskError: a model fails on its data, or has no embedding for a token of them.
     """
     found: dict[Statistic, dict[str, dict[str, Tensor]]] = {kind: {} for kind in kinds}
     for source in sources:
         own = {name: task for name, task in tasks.items() if task.reference == source}
         module = module_of(source)
+        for task in own.values():
+            check_tokens(module, task.task, task.data)
         if "gram" in kinds:
             found["gram"][source] = gram_matrices(module, own, names, architecture, device)
         if "fisher" in kinds:
@@ -142,7 +145,7 @@ def fisher_diagonals(
             sample = task.data.subset([index]).to(device)
             key = mask_key(seed, source, f"fisher/{task_name}/{index}")
             try:
-                logits = architecture.call(module, sample.inputs)
+                logits = run_on(architecture, module, task.task, sample)
                 loss = _drawn_loss(logits, sample.targets, key)
                 gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
             except AutoMergeError:
@@ -208,7 +211,7 @@ def gram_matrices(
                 for batch in task.data.subset(indices).batches(task.batch_size):
                     moved = batch.to(device)
                     mask = moved.inputs.get("attention_mask")
-                    _called(architecture, module, moved)
+                    run_on(architecture, module, task.task, moved)
     finally:
         for handle in handles:
             handle.remove()
@@ -286,16 +289,3 @@ def _shares(tasks: Mapping[str, MeasuredTask], samples: int) -> Iterator[tuple[s
         total = len(task.data)
         count = min(total, share)
         yield name, task, [index * total // count for index in range(count)]
-
-
-def _called(architecture: Architecture, module: nn.Module, batch: TaskData) -> Tensor:
-    try:
-        return architecture.call(module, batch.inputs)
-    except AutoMergeError:
-        raise
-    except Exception as error:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
-        raise SearchError(
-            f"the model fails on the inputs {shapes}: {short_reason(error)}",
-            "check the names, shapes and dtypes of the data's inputs, and tasks.batch_size",
-        ) from error

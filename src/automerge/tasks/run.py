@@ -34,23 +34,13 @@ def evaluate_task(
         TaskError: the loss of a sample is not finite, the logits do not fit the targets, the model fails on the inputs,
             or it has no embedding for a token of the data.
     """
-    _check_tokens(module, task, data)
+    check_tokens(module, task, data)
     parts: list[Scores] = []
     start = 0
     with torch.inference_mode():
         for batch in data.batches(batch_size):
             moved = batch.to(device)
-            try:
-                logits = architecture.call(module, moved.inputs)
-            except AutoMergeError:
-                raise
-            except Exception as error:
-                shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in moved.inputs.items())
-                raise TaskError(
-                    f"task {task.spec.name!r}: the model fails on the inputs {shapes}: {short_reason(error)}",
-                    "check the names, shapes and dtypes of the data's inputs, and tasks.batch_size",
-                ) from error
-            scores = task.score(logits, moved.targets)
+            scores = task.score(run_on(architecture, module, task, moved), moved.targets)
             if not bool(np.isfinite(scores.losses.numerator).all()):
                 sample = start + int(np.flatnonzero(~np.isfinite(scores.losses.numerator))[0])
                 raise TaskError(
@@ -62,8 +52,30 @@ def evaluate_task(
     return Scores.concatenate(parts)
 
 
-def _check_tokens(module: nn.Module, task: Task, data: TaskData) -> None:
-    """Refuse tokens that the model has no embedding for: on a GPU they would end the process, not only the call."""
+def run_on(architecture: Architecture, module: nn.Module, task: Task, batch: TaskData) -> torch.Tensor:
+    """The logits of a model on a batch that is on its device.
+
+    Raises:
+        TaskError: the model fails on the inputs.
+    """
+    try:
+        return architecture.call(module, batch.inputs)
+    except AutoMergeError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
+        raise TaskError(
+            f"task {task.spec.name!r}: the model fails on the inputs {shapes}: {short_reason(error)}",
+            "check the names, shapes and dtypes of the data's inputs, and tasks.batch_size",
+        ) from error
+
+
+def check_tokens(module: nn.Module, task: Task, data: TaskData) -> None:
+    """Refuse tokens that the model has no embedding for: on a GPU they would end the process, not only the call.
+
+    Raises:
+        TaskError: there are some.
+    """
     ids = data.inputs.get("input_ids")
     if ids is None or not ids.numel() or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         return
