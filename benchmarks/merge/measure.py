@@ -34,7 +34,9 @@ def run(command: Sequence[str | Path], log: Path) -> Cost:
     """
     # A process is charged with the memory of the one that started it, up to its exec: so a small one starts it.
     starter = [sys.executable, "-S", __file__, str(log), *map(str, command)]
-    done = subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True)
+    # As after an installation: nothing is compiled anew at every start.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     code, wall, cpu, peak = json.loads(done.stdout)
     if code != 0:
         sys.exit(f"{' '.join(map(str, command))} ended with {code}; see {log}")

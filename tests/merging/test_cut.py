@@ -104,8 +104,15 @@ def test_a_sample_is_taken_once():
 
 def test_a_window_is_narrow_and_holds_the_cut():
     values = array("I", sorted(range(10_000)))
-    low, high = module._window(Sample(values), keep=500_000, total=1_000_000)
-    assert 4_000 < low < 5_000 < high < 6_000
+    window = module._window(Sample(values), keep=500_000, total=1_000_000)
+    assert 4_000 < window.low < 5_000 < window.high < 6_000
+    assert not window.values
+
+
+def test_a_window_of_few_values_is_counted():
+    values = array("I", sorted([7, 8, 9, 400] * 1000))
+    window = module._window(Sample(values), keep=500_000, total=1_000_000)
+    assert (window.low, window.high, window.values) == (8, 9, [8, 9])
 
 
 def test_half_precision_task_vectors_are_cut_in_float32():

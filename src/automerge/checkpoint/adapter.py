@@ -74,7 +74,7 @@ def _empty(value: Any) -> Any:
 class AdapterConfig(BaseModel):
     """What of ``adapter_config.json`` decides what the adapter's weights mean."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
 
     peft_type: str
     r: Rank = 8

@@ -37,6 +37,9 @@ _MARGIN = 8.0
 """Half the width of the window, in standard deviations of the rank of a random sample. Neighbouring elements are alike
 (a row of a matrix shares its scale), so a sample of runs scatters more than a random one; with 8 it rarely misses."""
 
+_FEW = 32
+"""A window of so few values is counted, not collected."""
+
 _DENSE = 4
 """A window with more than 1 / 4 of all elements is not collected: memory is bounded."""
 
@@ -110,15 +113,24 @@ def find_cuts(
     cuts = []
     for source, window in enumerate(windows):
         found = [of_tile[source] for of_tile in passes]
-        cut = _from_candidates(window, found, keep) if isinstance(window, list) else None
-        if isinstance(window, tuple):
-            cut = _from_window(kernels, found, keep)
+        values = window.values or ([window.low] if window.low == window.high else [])
+        cut = _from_values(values, found, keep) if values else _from_window(kernels, found, keep)
         cuts.append(cut or _by_histogram(kernels, workers, deltas, tiles, source, keep))
     return cuts
 
 
-_Window = tuple[int, int] | list[int]
-"""Lowest and highest magnitude of a window, or the few values that make it up."""
+@dataclass(frozen=True)
+class _Window:
+    """Where the cut must be, but for bad luck.
+
+    Attributes:
+        low, high: its lowest and highest magnitude.
+        values: the values that make it up, where they are few; else none.
+    """
+
+    low: int
+    high: int
+    values: Sequence[int]
 
 
 def _sample(
@@ -154,33 +166,38 @@ def _window(sample: Sample, keep: int, total: int) -> _Window:
     margin = 0.0 if size == total else (_MARGIN * math.sqrt(size * share * (1 - share)) + 2) / size
     low = sample.value(min(1.0, share + margin + 1 / size)) if share + margin < 1 else 0
     high = sample.value(max(0.0, share - margin - 1 / size)) if share - margin > 0 else 0x7FFFFFFF
-    candidates = sorted({low, sample.value(share), high}, reverse=True)
-    counted = sum(sample.multiplicity(value, value) for value in candidates)
-    if 10 * counted >= 9 * max(1, sample.multiplicity(low, high)):
-        return candidates
-    return low, high
+    begin, end = bisect_left(sample.magnitudes, low), bisect_right(sample.magnitudes, high)
+    middle = sample.value(share)
+    # A look at one value spares the look at all of them where they are many.
+    few = sample.multiplicity(middle, middle) * _FEW >= end - begin
+    values = sorted(set(sample.magnitudes[begin:end])) if few else []
+    return _Window(low, high, values if len(values) <= _FEW else [])
 
 
 def _search_tile(
     kernels: Kernels, workers: Workers, deltas: Deltas, tile: tuple[int, int], windows: Sequence[_Window]
 ) -> list[tuple[int, bytes | None] | list[_Count]]:
-    """Per source what is above the window and (unless it is too much) in it, or the counts of the candidates."""
+    """Per source what is above the window and (unless it is too much) in it, or the counts of its few values."""
     first, count = tile
     found = workers.scratch().found
     results: list[tuple[int, bytes | None] | list[_Count]] = []
     for delta, window in zip(deltas(first, count), windows, strict=True):
-        if isinstance(window, list):
-            results.append([_Count(*kernels.count(delta, value)) for value in window])
+        if window.low == window.high:
+            results.append([_Count(*kernels.count(delta, window.low))])
+            continue
+        above, used = kernels.collect(delta, window.low, window.high, found.address, count + CHUNK)
+        if window.values:
+            inside = [kernels.tally(found.address, used, value) for value in window.values]
+            results.append([_Count(above + larger, equal) for larger, equal in inside])
         else:
-            above, used = kernels.collect(delta, *window, found.address, count + CHUNK)
             kept = ctypes.string_at(found.address, 4 * used) if used * _DENSE <= count or count <= _LEAST else None
             results.append((above, kept))
     return results
 
 
-def _from_candidates(candidates: Sequence[int], found: Sequence[object], keep: int) -> Cut | None:
-    """The candidate that is the cut, if one is."""
-    for index, value in enumerate(candidates):
+def _from_values(values: Sequence[int], found: Sequence[object], keep: int) -> Cut | None:
+    """The value that is the cut, if one is."""
+    for index, value in enumerate(values):
         counts = [of_tile[index] for of_tile in found if isinstance(of_tile, list)]
         above, equal = sum(each.above for each in counts), sum(each.equal for each in counts)
         if above < keep <= above + equal:

@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +140,8 @@ class Workers:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        count = threads or min(_MOST_THREADS, processors())
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="merge") if count > 1 else None
+        self._threads = threads or min(_MOST_THREADS, processors())
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge") if self._threads > 1 else None
         self._local = threading.local()
 
     def scratch(self) -> Scratch:
@@ -152,16 +152,27 @@ class Workers:
         return found
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """The results of a function, in the order of the items; the first error, once all have ended."""
+        """The results of a function, in the order of the items; the first error, once all threads have ended."""
         if self._pool is None or len(items) == 1:
             return [function(item) for item in items]
-        futures = [self._pool.submit(function, item) for item in items]
+        results: dict[int, R] = {}
+        turns = iter(range(len(items)))  # the next of a range is one step for the interpreter
+
+        def work() -> None:
+            try:
+                for index in turns:
+                    results[index] = function(items[index])
+            finally:
+                _end(turns)
+
+        futures = [self._pool.submit(work) for _ in range(min(self._threads, len(items)))]
         try:
-            return [future.result() for future in futures]
-        finally:
             for future in futures:
-                future.cancel()
+                future.result()
+        finally:
+            _end(turns)
             wait(futures)  # nothing may still write to memory that the caller is about to give back
+        return [results[index] for index in range(len(items))]
 
     def __enter__(self) -> Workers:
         return self
@@ -169,3 +180,9 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _end(turns: Iterator[int]) -> None:
+    """Leave nothing for the others to do."""
+    for _ in turns:
+        pass

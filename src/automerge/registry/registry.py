@@ -8,13 +8,15 @@ version. Implementations are found by the entry-point group ``automerge.registri
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from pydantic import Field
 
 from automerge.documents import Model
 from automerge.plugins import load_plugin
-from automerge.spec import Spec
+
+if TYPE_CHECKING:
+    from automerge.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Registry(Protocol):
         ...
 
 
-def load_registry(spec: Spec) -> Registry:
+def load_registry(spec: "Spec") -> Registry:
     """The registry that a spec names.
 
     Raises:

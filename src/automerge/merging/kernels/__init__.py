@@ -8,7 +8,7 @@ the interpreter's lock while they run; whoever calls them keeps that memory aliv
 import ctypes
 import functools
 import logging
-import platform
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +209,7 @@ def load_kernels() -> Kernels | None:
 
 def supported_levels() -> list[str]:
     """The levels that this processor has, the best first."""
-    flags = _processor_flags() if platform.machine() in ("x86_64", "AMD64") else set()
+    flags = _processor_flags() if os.uname().machine == "x86_64" else set()
     return [level for level, needed in _LEVELS.items() if needed <= flags] + ["v1"]
 
 
