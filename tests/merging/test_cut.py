@@ -51,6 +51,7 @@ def draw(kind: str, count: int, seed: int) -> torch.Tensor:
         "sorted": torch.linspace(-1, 2, count),
         "rows of different scale": normal * (1 + 100 * (torch.arange(count) // 700 % 7 == 0)),
         "two values": torch.where(normal > 0.2, 2.0, -1.0),
+        "one value among many": torch.where(torch.rand(count, generator=generator) < 0.1, -0.67, normal),
         "few outliers": torch.where(torch.arange(count) % 997 == 0, 1e6 * normal, 1e-3 * normal),
     }[kind]
 
@@ -64,6 +65,7 @@ KINDS = [
     "sorted",
     "rows of different scale",
     "two values",
+    "one value among many",
     "few outliers",
 ]
 
@@ -83,6 +85,15 @@ def test_any_share_of_any_distribution(kind, count, share, seed):
     delta = draw(kind, count, seed)
     keep = min(count - 1, max(1, int(share * count)))
     assert torch.equal(cut_mask(delta, keep), largest(delta.abs(), keep))
+
+
+def test_a_frequent_value_above_below_and_at_the_cut():
+    delta = draw("one value among many", 50_000, seed=2)
+    first = int((delta.abs() > 0.67).sum())  # of magnitudes above it; some 5000 are equal
+    samples: list[Sample] = []
+    for keep in (first - 1500, first - 3, first, first + 1, first + 2500, first + 5001, first + 6500):
+        assert torch.equal(cut_mask(delta, keep, samples), largest(delta.abs(), keep)), keep - first
+    assert module._window(samples[0], first + 100, 50_000).frequent is not None
 
 
 @pytest.mark.parametrize("kind", ["normal", "two values", "bfloat16 steps"])

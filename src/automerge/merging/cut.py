@@ -37,6 +37,9 @@ _MARGIN = 8.0
 """Half the width of the window, in standard deviations of the rank of a random sample. Neighbouring elements are alike
 (a row of a matrix shares its scale), so a sample of runs scatters more than a random one; with 8 it rarely misses."""
 
+_FREQUENT = 8
+"""A value that makes up 1 / 8 of a window is counted: it would fill the memory for what is collected."""
+
 _FEW = 32
 """A window of so few values is counted, not collected."""
 
@@ -73,14 +76,6 @@ class Sample:
         return bisect_right(self.magnitudes, high) - bisect_left(self.magnitudes, low)
 
 
-@dataclass(frozen=True)
-class _Count:
-    """What one tile holds: how many magnitudes are above a value, and how many equal it."""
-
-    above: int
-    equal: int
-
-
 def find_cuts(
     kernels: Kernels,
     workers: Workers,
@@ -114,9 +109,17 @@ def find_cuts(
     for source, window in enumerate(windows):
         found = [of_tile[source] for of_tile in passes]
         values = window.values or ([window.low] if window.low == window.high else [])
-        cut = _from_values(values, found, keep) if values else _from_window(kernels, found, keep)
+        cut = _from_values(values, found, keep) if values else _from_window(kernels, window, found, keep)
         cuts.append(cut or _by_histogram(kernels, workers, deltas, tiles, source, keep))
     return cuts
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What one tile holds: how many magnitudes are above a value, and how many equal it."""
+
+    above: int
+    equal: int
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,28 @@ class _Window:
     Attributes:
         low, high: its lowest and highest magnitude.
         values: the values that make it up, where they are few; else none.
+        frequent: the most frequent value, counted and not collected, if it is a large part of the window.
     """
 
     low: int
     high: int
     values: Sequence[int]
+    frequent: int | None
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What one tile holds of a window.
+
+    Attributes:
+        above: how many magnitudes are above the window.
+        frequent: how many are the window's frequent value, and how many of those inside are above that.
+        others: the others, as bytes; None where they are too many.
+    """
+
+    above: int
+    frequent: _Count
+    others: bytes | None
 
 
 def _sample(
@@ -171,16 +191,19 @@ def _window(sample: Sample, keep: int, total: int) -> _Window:
     # A look at one value spares the look at all of them where they are many.
     few = sample.multiplicity(middle, middle) * _FEW >= end - begin
     values = sorted(set(sample.magnitudes[begin:end])) if few else []
-    return _Window(low, high, values if len(values) <= _FEW else [])
+    often, frequent = max((sample.multiplicity(value, value), value) for value in (low, middle, high))
+    return _Window(
+        low, high, values if len(values) <= _FEW else [], frequent if often * _FREQUENT >= end - begin else None
+    )
 
 
 def _search_tile(
     kernels: Kernels, workers: Workers, deltas: Deltas, tile: tuple[int, int], windows: Sequence[_Window]
-) -> list[tuple[int, bytes | None] | list[_Count]]:
+) -> list[_Inside | list[_Count]]:
     """Per source what is above the window and (unless it is too much) in it, or the counts of its few values."""
     first, count = tile
     found = workers.scratch().found
-    results: list[tuple[int, bytes | None] | list[_Count]] = []
+    results: list[_Inside | list[_Count]] = []
     for delta, window in zip(deltas(first, count), windows, strict=True):
         if window.low == window.high:
             results.append([_Count(*kernels.count(delta, window.low))])
@@ -189,9 +212,13 @@ def _search_tile(
         if window.values:
             inside = [kernels.tally(found.address, used, value) for value in window.values]
             results.append([_Count(above + larger, equal) for larger, equal in inside])
-        else:
-            kept = ctypes.string_at(found.address, 4 * used) if used * _DENSE <= count or count <= _LEAST else None
-            results.append((above, kept))
+            continue
+        frequent = _Count(0, 0)
+        if window.frequent is not None:
+            frequent = _Count(*kernels.tally(found.address, used, window.frequent))
+            used = kernels.without(found.address, used, window.frequent)
+        others = ctypes.string_at(found.address, 4 * used) if used * _DENSE <= count or count <= _LEAST else None
+        results.append(_Inside(above, frequent, others))
     return results
 
 
@@ -205,26 +232,34 @@ def _from_values(values: Sequence[int], found: Sequence[object], keep: int) -> C
     return None
 
 
-def _from_window(kernels: Kernels, found: Sequence[object], keep: int) -> Cut | None:
+def _from_window(kernels: Kernels, window: _Window, found: Sequence[object], keep: int) -> Cut | None:
     """The cut among the magnitudes of the window, if it is there."""
-    tiles = [of_tile for of_tile in found if isinstance(of_tile, tuple)]
-    if any(inside is None for _, inside in tiles):
+    tiles = [of_tile for of_tile in found if isinstance(of_tile, _Inside)]
+    parts = [of_tile.others for of_tile in tiles if of_tile.others is not None]
+    if len(parts) < len(tiles):
         return None
-    above = sum(number for number, _ in tiles)
-    values = b"".join(inside for _, inside in tiles)
-    count = len(values) // 4
-    if not above < keep <= above + count:
+    above = sum(of_tile.above for of_tile in tiles)
+    larger = sum(of_tile.frequent.above for of_tile in tiles)
+    frequent = sum(of_tile.frequent.equal for of_tile in tiles)
+    rank = keep - above
+    if window.frequent is not None and larger < rank <= larger + frequent:
+        return _cut(window.frequent, rank - larger, [of_tile.frequent.equal for of_tile in tiles])
+    others = b"".join(parts)
+    count = len(others) // 4
+    if not 0 < rank <= count + frequent:
         return None
-    address = _address(values)
-    cut = kernels.select(address, count, keep - above - 1)
+    below = rank > larger  # then the frequent value is kept whole
+    address = _address(others)
+    cut = kernels.select(address, count, rank - 1 - (frequent if below else 0))
+    ties = rank - (frequent if below else 0)
     equal = []
     at = address
-    for _, inside in tiles:
-        larger, same = kernels.tally(at, len(inside) // 4, cut)
-        above += larger
+    for part in parts:
+        more, same = kernels.tally(at, len(part) // 4, cut)
+        ties -= more
         equal.append(same)
-        at += len(inside)
-    return _cut(cut, keep - above, equal)
+        at += len(part)
+    return _cut(cut, ties, equal)
 
 
 def _by_histogram(

@@ -23,7 +23,7 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 MAX_SOURCES = 32
 
-_VERSION = 1  # ``VERSION`` in kernels.c
+_VERSION = 2  # ``VERSION`` in kernels.c
 
 CHUNK = 1024
 """Elements that are worked on at a time; `Kernels.collect` needs this much more room than it finds."""
@@ -108,6 +108,9 @@ class Kernels:
         self._histogram = function("histogram", None, *delta, i32, address)
         self._count = function("count", None, *delta, u32, pointer(i64), pointer(i64))
         self._select = function("select", u32, address, i64, i64)
+        self._without = library.without
+        self._without.restype = i64
+        self._without.argtypes = (address, i64, u32)
         self._sort = library.sort
         self._sort.restype = None
         self._sort.argtypes = (address, address, i64)
@@ -168,6 +171,10 @@ class Kernels:
     def select(self, values: int, count: int, rank: int) -> int:
         """The uint32 of that rank (0: the largest) among ``count`` at the address ``values``."""
         return int(self._select(values, count, rank))
+
+    def without(self, values: int, count: int, value: int) -> int:
+        """Drop one value from ``count`` uint32 in place, the others keep their order; returns how many are left."""
+        return int(self._without(values, count, value))
 
     def sort(self, values: int, spare: int, count: int) -> None:
         """Sort ``count`` uint32 in place; ``spare`` is the address of room for as many."""

@@ -27,7 +27,7 @@ enum combine { SUM = 0, AGREEING = 1, AGREEING_NORMALISED = 2 };
 
 /* The caller asks for this first: a library of another version has other functions or other structures. Raise it with
    every change of either. */
-#define VERSION 1
+#define VERSION 2
 
 /* What a technique does to one tensor. */
 typedef struct {
@@ -106,6 +106,17 @@ typedef uint32_t __attribute__((aligned(1), may_alias)) any_uint32;
 
 int64_t interface(void) {
   return (int64_t)VERSION << 48 | (int64_t)sizeof(program) << 24 | (int64_t)sizeof(source);
+}
+
+/* Drops the values that equal one, in place; the others keep their order. Returns how many are left. */
+int64_t without(uint32_t *values, int64_t count, uint32_t value) {
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t each = values[i];
+    values[left] = each;
+    left += each != value;
+  }
+  return left;
 }
 
 /* Sorts, in place; `spare` has room for as many values. */
