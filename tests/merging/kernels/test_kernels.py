@@ -448,3 +448,11 @@ def test_without_the_library_there_is_a_warning(
     monkeypatch.setattr(kernels, "LIBRARY", f"{tmp_path}/none.so")
     assert load_kernels.__wrapped__() is None
     assert "slower path through torch" in caplog.text
+
+
+def test_a_library_of_other_sources_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "_VERSION", 99)
+    assert load_kernels.__wrapped__() is None
+    assert "was built from other sources: install the package again" in caplog.text
