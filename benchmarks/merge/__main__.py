@@ -67,7 +67,8 @@ class Bench:
         """Merging next to nothing."""
         tiny = self.work / "tiny.safetensors"
         save_file({"w": torch.ones(8)}, tiny)
-        command: list[str | Path] = [self.automerge, "apply", "--technique", "ties", "--base", tiny, "--source", f"a={tiny}"]
+        inputs = ["--base", tiny, "--source", f"a={tiny}"]
+        command: list[str | Path] = [self.automerge, "apply", "--technique", "ties", *inputs]
         return run([*command, "--output", self.fresh("tiny"), "--no-verify"], self.work / "tiny.log")
 
     def floor(self, technique: str) -> Cost:
