@@ -67,7 +67,7 @@ class Bench:
         """Merging next to nothing."""
         tiny = self.work / "tiny.safetensors"
         save_file({"w": torch.ones(8)}, tiny)
-        inputs = ["--base", tiny, "--source", f"a={tiny}"]
+        inputs: list[str | Path] = ["--base", tiny, "--source", f"a={tiny}"]
         command: list[str | Path] = [self.automerge, "apply", "--technique", "ties", *inputs]
         return run([*command, "--output", self.fresh("tiny"), "--no-verify"], self.work / "tiny.log")
 
