@@ -24,7 +24,9 @@ from automerge.secrets import SECRET_NAME
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+_SCHEDULER = r"^dask://[^/\s:]+:\d+$"
 _PATTERNS = {
+    _SCHEDULER: "dask://host:port",
     _NAME: "up to 63 letters, digits, '_', '.' and '-', beginning with a letter or digit",
     _DEVICE: "auto, cpu, cuda or cuda:N",
 }
@@ -142,6 +144,9 @@ DEFAULT_EPSILON = 0.3
 
 Compared with 0.001, 0.03 and 0.1 on six seeds of the digits pair that no study reports, it kept most, most evenly."""
 
+DEFAULT_OBJECTIVE: Literal["soft_metric"] = "soft_metric"
+"""Chosen by how well it ranks recipes by what they keep on test data: docs/studies/objectives.md."""
+
 
 class EarlyStopSpec(SpecModel):
     """Ends a search whose best objective has stopped rising."""
@@ -150,18 +155,127 @@ class EarlyStopSpec(SpecModel):
     min_improvement: float = Field(default=0.0, ge=0, description="What counts as an improvement of the objective.")
 
 
+class ConstraintSpec(SpecModel):
+    """What is fixed, forbidden or shared in some blocks."""
+
+    blocks: str = Field(description="Glob pattern of block names, as `automerge segment` prints them.")
+    techniques: list[str] | None = Field(default=None, min_length=1, description="Only these techniques.")
+    forbid: list[str] = Field(default_factory=list, description="None of these techniques.")
+    weights: dict[str, float] | None = Field(default=None, description="These weights, by source.")
+    hyperparameters: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="These values, where the technique has them; such as {density: 0.5}."
+    )
+    share: bool = Field(default=False, description="One choice of everything for all these blocks.")
+
+
+class SplitSpec(SpecModel):
+    """Coarse to fine: the blocks that matter most are cut into layers, which start from their block's best settings."""
+
+    rounds: int = Field(default=1, ge=1, description="How often blocks are cut.")
+    blocks: int = Field(default=2, ge=1, description="Blocks cut in each round: those of the largest importance.")
+    trials: int = Field(default=30, ge=1, description="Trials after each cut.")
+    importance: Literal["surrogate", "gradient"] = Field(
+        default="gradient",
+        description="surrogate: how much of the trials' variance a block explains; "
+        "gradient: how much layers of a block disagree on its weights.",
+    )
+
+
+class RefineSpec(SpecModel):
+    """Gradient refinement of the sources' weights. No parameter of the model is trained, only these scalars."""
+
+    granularity: Literal["block", "layer", "tensor"] = Field(
+        default="tensor", description="What has weights of its own."
+    )
+    steps: int = Field(default=150, ge=1, description="Most steps from each start.")
+    learning_rate: float = Field(default=0.03, gt=0, description="Of Adam, in units of a weight.")
+    starts: int = Field(
+        default=2, ge=1, description="Recipes to start from: the best trials, and the average among them."
+    )
+    held_back: float = Field(
+        default=0.5, gt=0, lt=1, description="Share of the validation data that only the early stopping sees."
+    )
+    pull: float = Field(
+        default=0.01, ge=0, description="Cost of a mean squared distance of 1 from the start's weights."
+    )
+    patience: int = Field(default=5, ge=1, description="Checks without an improvement after which a start ends.")
+
+
+class FidelitySpec(SpecModel):
+    """Multi-fidelity: a trial is measured slice by slice, and stopped when it cannot reach the best one any more."""
+
+    slices: list[float] = Field(
+        default=[0.125, 0.25, 0.5, 1.0],
+        min_length=1,
+        description="Shares of the validation data, rising to 1; each contains the one before.",
+    )
+    confidence: float = Field(
+        default=0.9, gt=0.5, lt=1.0, description="With which a stopped trial is worse, however often that is asked."
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if (
+            any(low >= high for low, high in zip([0.0, *self.slices], self.slices, strict=False))
+            or self.slices[-1] != 1
+        ):
+            raise ValueError(f"slices: the shares must rise from above 0 to 1, got {self.slices}")
+        return self
+
+
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "trials": 200,
+        "objective": "loss_ratio",
+        "epsilon": 0.0,
+        "weights": "simplex",
+        "weight_range": [0.0, 1.0],
+        "warm_start": False,
+    },
+    "fast": {
+        "trials": 200,
+        "objective": DEFAULT_OBJECTIVE,
+        "epsilon": DEFAULT_EPSILON,
+        "weights": "simplex",
+        "weight_range": [0.0, 1.0],
+        "warm_start": True,
+        "fidelity": {},
+        "early_stop": {"patience": 60},
+    },
+    "best": {
+        "trials": 60,
+        "objective": DEFAULT_OBJECTIVE,
+        "epsilon": DEFAULT_EPSILON,
+        "weights": "independent",
+        "weight_range": [-0.5, 1.5],
+        "warm_start": True,
+        "split": {},
+        "refine": {},
+    },
+}
+"""What a search takes where the spec says nothing, by preset."""
 
 
 class SearchSpec(SpecModel):
-    """The search for the best recipe. A value left out is taken from the preset."""
+    """The search for the best recipe. A value left out is taken from the preset (`PRESETS`)."""
 
-    preset: Literal["paper", "best"] = Field(
+    preset: Literal["paper", "fast", "best"] = Field(
         default="best",
-        description="paper: the protocol of arXiv 2601.22748 as published; "
-        "best: the same, started also from every unmerged source and their average.",
+        description="paper: the protocol of arXiv 2601.22748 as published; fast: multi-fidelity, no gradients; "
+        "best: a wider space, coarse to fine, then refined by gradient.",
     )
-    trials: int = Field(default=200, ge=1, description="Evaluations, the initial ones included.")
+    trials: int = Field(
+        default=60, ge=1, description="Evaluations by Bayesian optimisation, the initial ones included."
+    )
+    max_seconds: float | None = Field(default=None, gt=0, description="Wall time after which no trial is begun.")
+    max_samples: int | None = Field(
+        default=None, ge=1, description="Forward passes of single samples after which no trial is begun."
+    )
+    trial_seconds: float | None = Field(
+        default=None, gt=0, description="Time limit of one trial; trials then run in processes of their own."
+    )
     initial: int = Field(default=20, ge=1, description="Sobol points before the surrogate is used.")
     techniques: list[str] = Field(
         default_factory=lambda: list(PAPER_TECHNIQUES),
@@ -169,28 +283,55 @@ class SearchSpec(SpecModel):
         description="Techniques to choose from, for each block.",
     )
     weights: Literal["simplex", "independent"] = Field(
-        default="simplex",
+        default="independent",
         description="simplex: the sources' weights sum to 1 (w and 1-w for two); "
-        "independent: a weight of its own for each source, unnormalised.",
+        "independent: a weight of its own for each source, unnormalised. Without a base always simplex.",
     )
-    weight_range: Range = Field(default=[0.0, 1.0], description="Lowest and highest weight.")
+    weight_range: Range = Field(default=[-0.5, 1.5], description="Lowest and highest weight.")
     density_range: Range = Field(default=[0.5, 1.0], description="Lowest and highest density.")
-    objective: Literal["loss_ratio"] = Field(
-        default="loss_ratio", description="loss_ratio: harmonic mean over tasks of L_specialist / L_merged."
+    constraints: list[ConstraintSpec] = Field(
+        default_factory=list, description="What is fixed, forbidden or shared in some blocks."
     )
-    epsilon: float | None = Field(
-        default=None,
+    objective: Literal["loss_ratio", "gap", "metric", "soft_metric"] = Field(
+        default=DEFAULT_OBJECTIVE,
+        description="What a task keeps. loss_ratio: L_specialist / L_merged; gap: by the excess loss, as a part of "
+        "what the specialist is better than the reference; metric: its metrics relative to the specialist's; soft_metric: "
+        "the same of the mean probability of the right answer.",
+    )
+    aggregate: Literal["harmonic", "worst", "pareto"] = Field(
+        default="harmonic",
+        description="Over the tasks. harmonic: their harmonic mean; worst: the worst; pareto: the front of trade-offs.",
+    )
+    gap_reference: Literal["chance", "base", "other"] = Field(
+        default="chance", description="Whose loss counts as nothing kept: a guess's, the base's, or the other sources'."
+    )
+    epsilon: float = Field(
+        default=DEFAULT_EPSILON,
         ge=0,
-        description="Nats added to both losses of a ratio, so that confidence which the merge loses beyond that is not "
-        "taken for lost capability; by default 0 in preset 'paper', 0.3 otherwise.",
+        description="loss_ratio: nats added to both losses, so that confidence which the merge loses beyond that is "
+        "not taken for lost capability.",
     )
-    warm_start: bool | None = Field(
-        default=None,
-        description="Also try each unmerged source and their average at the start; "
-        "by default off in preset 'paper', on otherwise.",
+    warm_start: bool = Field(
+        default=True, description="Also try each unmerged source, their average and the base at the start."
     )
+    start_from: list[Uri] = Field(
+        default_factory=list, description="recipe.json files of earlier runs, or of your own, to try at the start."
+    )
+    fidelity: FidelitySpec | None = Field(
+        default=None, description="Multi-fidelity; null: every trial is measured whole."
+    )
+    split: SplitSpec | None = Field(default=None, description="Coarse to fine; null: no block is cut.")
+    refine: RefineSpec | None = Field(default=None, description="Gradient refinement; null: none.")
     seed: int = Field(default=0, ge=0, lt=2**31)
     early_stop: EarlyStopSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        preset = PRESETS.get(value.get("preset", "best"), {}) if isinstance(value.get("preset", "best"), str) else {}
+        return {**preset, **value}
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -204,16 +345,6 @@ class SearchSpec(SpecModel):
         if len(set(self.techniques)) != len(self.techniques):
             raise ValueError("techniques: a technique is named twice")
         return self
-
-    @property
-    def effective_epsilon(self) -> float:
-        """``epsilon``, or the preset's."""
-        return self.epsilon if self.epsilon is not None else (0.0 if self.preset == "paper" else DEFAULT_EPSILON)
-
-    @property
-    def effective_warm_start(self) -> bool:
-        """``warm_start``, or the preset's."""
-        return self.warm_start if self.warm_start is not None else self.preset != "paper"
 
 
 class MergeSpec(SpecModel):
@@ -288,7 +419,17 @@ class ComputeSpec(SpecModel):
 
     device: str = Field(default="auto", pattern=_DEVICE, description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of torch; a search repeats exactly only on the same number."
+        default=None,
+        ge=1,
+        description="CPU threads of torch, of each worker; a search repeats exactly only on the same number.",
+    )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        description="Trials at a time: processes on this machine, one for each GPU where there are some.",
+    )
+    scheduler: str | None = Field(
+        default=None, pattern=_SCHEDULER, description="dask://host:port of a Dask cluster whose workers run the trials."
     )
 
 
@@ -493,6 +634,7 @@ def _anchored(spec: Spec, folder: Path) -> Spec:
             "model": spec.model.model_copy(update={"python_path": [uri(item) for item in spec.model.python_path]}),
             "base": spec.base and spec.base.model_copy(update={"uri": uri(spec.base.uri)}),
             "sources": [source.model_copy(update={"uri": uri(source.uri)}) for source in spec.sources],
+            "search": spec.search.model_copy(update={"start_from": [uri(item) for item in spec.search.start_from]}),
             "tasks": [
                 task.model_copy(update={"validation": uri(task.validation), "test": uri(task.test)})
                 for task in spec.tasks

@@ -7,6 +7,7 @@ tail, and where the tail lies depends on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,11 @@ def weighted_sum(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> t
     if total is None:
         raise ValueError("a weighted sum of nothing")
     return total
+
+
+def sum_of_weights(weights: Sequence[float]) -> float:
+    """sum(w_i); exact for floats, differentiable for scalar tensors."""
+    return math.fsum(weights) if all(isinstance(weight, int | float) for weight in weights) else sum(weights)
 
 
 def sum_of_agreeing(

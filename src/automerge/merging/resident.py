@@ -24,7 +24,7 @@ from automerge.merging.kernels import load_kernels
 from automerge.merging.plan import Step, plan_merge, refuse_untied, replan
 from automerge.merging.recipe import Recipe, canonical, settings_key
 from automerge.merging.statistics import Statistics, check_statistics
-from automerge.merging.technique import Settings, load_technique
+from automerge.merging.technique import Settings, TensorInputs, load_technique
 from automerge.merging.workers import InMemory, Operand, Workers
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,29 @@ class ResidentMerger:
             self._written[step.name] = (key, targets[step.name])
             changed.add(step.block.name)
         return [block.name for block in recipe.blocks if block.name in changed]
+
+    def technique_inputs(self, recipe: Recipe, name: str) -> TensorInputs:
+        """What a block's technique sees of one tensor: float32 (float64 if an input is), on the merger's device.
+
+        Args:
+            recipe: of these inputs.
+            name: a parameter of one of its blocks.
+
+        Raises:
+            MergeError: the recipe does not fit the inputs.
+        """
+        step = next(step for step in self._plan(recipe) if step.name == name)
+        base = self._base[step.base] if self._base is not None and step.base is not None else None
+        sources = [self._sources[source][stored] for source, stored in step.sources.items()]
+        dtypes = [tensor.dtype for tensor in (*sources, *([] if base is None else [base]))]
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        return TensorInputs(
+            tensor=name,
+            source_names=list(step.sources),
+            base=None if base is None else base.to(self._device, wide),
+            sources=[source.to(self._device, wide) for source in sources],
+            seed=recipe.seed,
+        )
 
     def forget(self) -> None:
         """Merge everything again at the next call: the live tensors were changed by someone else."""

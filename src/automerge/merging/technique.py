@@ -144,6 +144,7 @@ class Declaration:
     canonical: Callable[[Settings], Settings] = _unchanged
     fused: Callable[[Settings], Fused | None] = _not_fused
     statistics: tuple[Statistic, ...] = ()
+    differentiable: bool = False
 
     def defaults(self) -> dict[str, Value]:
         """The default of every hyperparameter, by name."""
@@ -266,6 +267,7 @@ def technique(
     canonical: Callable[[Settings], Settings] = _unchanged,
     fused: Callable[[Settings], Fused | None] = _not_fused,
     statistics: Sequence[Statistic] = (),
+    differentiable: bool = False,
 ) -> Callable[[Callable[..., torch.Tensor]], Technique]:
     """Declare a function to be a merging technique.
 
@@ -289,6 +291,8 @@ def technique(
             The bytes must be those of the function.
         statistics: the kinds of statistics (`STATISTICS`) that it needs of every source, gathered from validation data
             before the search. A tensor that has none must be merged all the same.
+        differentiable: the function also takes scalar tensors as weights (and as ``lambda``, where it has that), and
+            autograd gives the derivative of its result in them; masks and elections count as constant.
 
     Raises:
         PluginError: the declared hyperparameters are not the function's keyword-only arguments, a default is not
@@ -314,6 +318,7 @@ def technique(
         canonical=canonical,
         fused=fused,
         statistics=tuple(statistics),
+        differentiable=differentiable,
     )
 
     def decorate(function: Callable[..., torch.Tensor]) -> Technique:

@@ -29,7 +29,7 @@ class TrialLike(Protocol):
 
     @property
     def status(self) -> str:
-        """'ok', 'cached' or 'failed'."""
+        """'ok', 'cached', 'stopped' (measured in part) or 'failed'."""
         ...
 
     @property
@@ -40,6 +40,26 @@ class TrialLike(Protocol):
     @property
     def cp(self) -> Mapping[str, float]:
         """Capability preservation by task."""
+        ...
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Preservation rate on validation data by task, percent."""
+        ...
+
+    @property
+    def phase(self) -> str:
+        """'search', 'split-1', ..., or 'refine'."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Forward passes of single samples."""
+        ...
+
+    @property
+    def fidelity(self) -> float:
+        """The share of the validation data that it was measured on."""
         ...
 
     @property
@@ -76,11 +96,12 @@ def initial_count(trials: Sequence[TrialLike]) -> int:
 
 
 def best_so_far(trials: Sequence[TrialLike]) -> list[TrialLike | None]:
-    """For each trial, the best up to it; the first of equals; None until one succeeds."""
+    """For each trial, the best up to it; the first of equals; None until one is measured whole."""
     found: list[TrialLike | None] = []
     best: TrialLike | None = None
     for trial in trials:
-        if trial.objective is not None and (best is None or best.objective is None or trial.objective > best.objective):
+        whole = trial.status in ("ok", "cached") and trial.objective is not None
+        if whole and (best is None or (best.objective or 0.0) < (trial.objective or 0.0)):
             best = trial
         found.append(best)
     return found
@@ -90,12 +111,13 @@ def convergence_plot(trials: Sequence[TrialLike]) -> str:
     """Each trial's objective, and the best so far; the initial phase is shaded."""
     figure, axes = _figure()
     _initial_band(axes, trials)
-    for status, face in (("ok", _MUTED), ("cached", "none")):
+    for status, face, mark in (("ok", _MUTED, "o"), ("cached", "none", "o"), ("stopped", "none", "v")):
         shown = [(trial.number, trial.objective) for trial in trials if trial.status == status]
         axes.scatter(
             [number for number, _ in shown],
             [objective for _, objective in shown if objective is not None],
             s=11,
+            marker=mark,
             facecolors=face,
             edgecolors=_MUTED,
             linewidths=0.8,

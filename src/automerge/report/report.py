@@ -13,6 +13,7 @@ from automerge.documents import write_atomically
 from automerge.errors import MissingExtraError
 from automerge.merging.recipe import Recipe, RecipeBlock, effective_note, effective_weights
 from automerge.preservation import Evaluation, Interval, ModelResult, TaskInfo
+from automerge.report.alignment import alignment
 from automerge.report.plots import TrialLike, best_so_far, convergence_plot, initial_count, preservation_plot
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import Spec
@@ -109,6 +110,7 @@ def write_report(
     environment.filters |= {
         "percent": percent,
         "points": points,
+        "points_2": lambda value: _signed(value, ".2f"),
         "value": number,
         "metric": metric,
         "interval": interval,
@@ -164,6 +166,7 @@ class _Weight:
     source: str
     value: float
     width: float
+    spread: str = ""
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,12 @@ def _search(trials: Sequence[TrialLike]) -> dict[str, Any] | None:
         "initial": initial_count(trials),
         "cached": statuses.count("cached"),
         "failed": statuses.count("failed"),
+        "stopped": statuses.count("stopped"),
+        "samples": f"{sum(trial.samples for trial in trials):,}",
+        "saved": _saved(trials),
+        "phases": _phases(trials),
+        "refined": sum(trial.phase == "refine" for trial in trials),
+        "alignment": alignment(trials),
         "seconds": duration(sum(trial.seconds + trial.optimiser_seconds for trial in trials)),
         "optimiser_seconds": duration(sum(trial.optimiser_seconds for trial in trials)),
         "best": best,
@@ -260,28 +269,66 @@ def _search(trials: Sequence[TrialLike]) -> dict[str, Any] | None:
     }
 
 
+def _phases(trials: Sequence[TrialLike]) -> str:
+    """How many trials each phase had, where there was more than one."""
+    counts: dict[str, int] = {}
+    for trial in trials:
+        counts[trial.phase] = counts.get(trial.phase, 0) + 1
+    return ", ".join(f"{phase} {count}" for phase, count in counts.items()) if len(counts) > 1 else ""
+
+
+def _saved(trials: Sequence[TrialLike]) -> str:
+    """What multi-fidelity saved: samples that stopped trials did not need, as a share of all without it."""
+    stopped = [trial for trial in trials if trial.status == "stopped" and trial.samples]
+    if not stopped:
+        return ""
+    spent = sum(trial.samples for trial in trials)
+    spared = sum(trial.samples / trial.fidelity - trial.samples for trial in stopped)
+    return percent(100 * spared / (spent + spared))
+
+
 def _blocks(segmentation: Segmentation, recipe: Recipe) -> list[_BlockRow]:
-    by_name = {block.name: block for block in segmentation.blocks}
-    weights = {block.name: effective_weights(block) for block in recipe.blocks}
-    largest = max((abs(value) for found in weights.values() for value in found.values()), default=0.0) or 1.0
-    rows = []
+    """A row for each block of the recipe; where a block was cut in many, one for each technique in it."""
+    cut_from = {name: block for block in segmentation.blocks for name in block.tensors()}
+    members: dict[str, list[RecipeBlock]] = {}
     for block in recipe.blocks:
-        segment = by_name.get(block.name)
-        rows.append(
-            _BlockRow(
-                name=block.name,
-                about=segment.transition.replace("->", "\u2192") if segment else "",
-                share=segment.share if segment else None,
-                parameters=segment.parameter_count if segment else None,
-                technique=block.technique,
-                hyperparameters=_hyperparameters(block),
-                weights=[
-                    _Weight(source, value, round(100 * abs(value) / largest, 2))
-                    for source, value in weights[block.name].items()
-                ],
+        first = next(iter([*block.parameters, *block.buffers]), "")
+        origin = cut_from.get(first)
+        members.setdefault(origin.name if origin is not None else block.name, []).append(block)
+    by_name = {block.name: block for block in segmentation.blocks}
+    largest = max((abs(v) for block in recipe.blocks for v in effective_weights(block).values()), default=0.0) or 1.0
+    rows = []
+    for name, blocks in members.items():
+        segment = by_name.get(name)
+        merged = [block for block in blocks if block.parameters] or blocks
+        for technique in dict.fromkeys(block.technique for block in merged):
+            same = [block for block in merged if block.technique == technique]
+            rows.append(
+                _BlockRow(
+                    name=name,
+                    about=segment.transition.replace("->", "\u2192") if segment else "",
+                    share=segment.share if segment else None,
+                    parameters=segment.parameter_count if segment else None,
+                    technique=technique,
+                    hyperparameters=_hyperparameters(same[0]) if len(same) == 1 else f"{len(same)} groups of tensors",
+                    weights=_weights(same, largest),
+                )
             )
-        )
     return rows
+
+
+def _weights(blocks: Sequence[RecipeBlock], largest: float) -> list[_Weight]:
+    """Each source's effective weight; of several blocks the mean, with the range."""
+    found: dict[str, list[float]] = {}
+    for block in blocks:
+        for source, value in effective_weights(block).items():
+            found.setdefault(source, []).append(value)
+    weights = []
+    for source, values in found.items():
+        mean = sum(values) / len(values)
+        spread = f"{metric(min(values))} to {metric(max(values))}" if len(values) > 1 else ""
+        weights.append(_Weight(source, mean, round(100 * abs(mean) / largest, 2), spread))
+    return weights
 
 
 def _hyperparameters(block: RecipeBlock) -> str:

@@ -16,7 +16,7 @@ https://arxiv.org/abs/2211.08403 (after merging).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from automerge.merging.apply import narrow
 from automerge.models.architecture import Architecture, short_reason
 from automerge.models.heads import Heads
 from automerge.models.state import state_names
-from automerge.searching.evaluator import MeasuredTask, mean_losses
+from automerge.searching.evaluator import MeasuredTask, tasks_by_form
 from automerge.tasks.task import TaskData
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def recalibrate(
     tasks: Mapping[str, MeasuredTask],
     architecture: Architecture,
     device: torch.device,
-    objective: Callable[[Mapping[str, float]], float],
+    objective: Callable[[], float],
 ) -> dict[str, Tensor]:
     """Recalibrate the live model, and keep that if it is not worse on the validation data.
 
@@ -51,7 +51,7 @@ def recalibrate(
         tasks: all tasks with their validation data.
         architecture: how the model is called.
         device: where it runs.
-        objective: the objective of the mean losses by task.
+        objective: the objective of the live model.
 
     Returns:
         the values kept, float64 by the name of the buffer; empty: the buffers stay as they were merged.
@@ -61,12 +61,9 @@ def recalibrate(
         return {}
     before = {name: heads.live[name].clone() for pair in layers.items() for name in pair}
     try:
-        plain = objective(mean_losses(tasks, heads.module, architecture, device))
-        values = measure(heads, tasks, architecture, device)
-        for name, value in values.items():
-            live = heads.live[name]
-            live.copy_(narrow(name, value.to(live.device), live.dtype))
-        found = objective(mean_losses(tasks, heads.module, architecture, device))
+        plain = objective()
+        values = recalibrate_live(heads, tasks, architecture, device)
+        found = objective()
     except AutoMergeError as error:
         _restore(heads, before)
         log.warning("BatchNorm keeps the average of the sources' statistics: recalibration failed: %s", error)
@@ -86,6 +83,34 @@ def recalibrate(
         found,
     )
     return {}
+
+
+def recalibrate_live(
+    heads: Heads, tasks: Mapping[str, MeasuredTask], architecture: Architecture, device: torch.device
+) -> dict[str, Tensor]:
+    """Bring the live BatchNorm statistics to what the live model's activations have; returns the values.
+
+    Raises:
+        SearchError, TaskError: as `measure`.
+        MergeError: a value does not fit the buffer's dtype.
+    """
+    values = measure(heads, tasks, architecture, device)
+    for name, value in values.items():
+        live = heads.live[name]
+        live.copy_(narrow(name, value.to(live.device), live.dtype))
+    return values
+
+
+@contextmanager
+def batch_statistics(heads: Heads, tasks: Mapping[str, MeasuredTask]) -> Iterator[None]:
+    """While it is entered, shared BatchNorm layers normalise by their batch, as in training, and update nothing."""
+    layers = [
+        layer
+        for reference in dict.fromkeys(task.reference for task in tasks.values())
+        for layer, _, _ in _layers(heads.module(reference), heads.live)
+    ]
+    with _without_running_statistics(layers):
+        yield
 
 
 def batch_norms(heads: Heads, tasks: Mapping[str, MeasuredTask]) -> dict[str, str]:
@@ -109,7 +134,9 @@ def measure(
     """
     moments: dict[str, _Moments] = {}
     variances: dict[str, str] = {}
-    for module, data, batch_size in _groups(heads, tasks):
+    for module, names in tasks_by_form(heads.module, tasks):
+        data = [tasks[name].data for name in names]
+        batch_size = min(tasks[name].batch_size for name in names)
         layers = _layers(module, heads.live)
         variances |= {mean: variance for _, mean, variance in layers}
         with _observed(layers, moments), torch.no_grad():
@@ -164,18 +191,26 @@ def _observed(layers: list[tuple[_BatchNorm, str, str]], moments: dict[str, _Mom
 
         return hook
 
-    kept = [(layer, layer.running_mean, layer.running_var) for layer, _, _ in layers]
     handles = [layer.register_forward_pre_hook(observe(name)) for layer, name, _ in layers]
     try:
+        with _without_running_statistics([layer for layer, _, _ in layers]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_running_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Without them a layer in evaluation mode takes the batch's, and updates nothing."""
+    kept = [(layer, layer.running_mean, layer.running_var) for layer in dict.fromkeys(layers)]
+    try:
         for layer, _, _ in kept:
-            # Without running statistics a layer in evaluation mode takes the batch's, and updates nothing.
             layer.running_mean = layer.running_var = None
         yield
     finally:
         for layer, mean, variance in kept:
             layer.running_mean, layer.running_var = mean, variance
-        for handle in handles:
-            handle.remove()
 
 
 def _layers(module: nn.Module, live: Mapping[str, Tensor]) -> list[tuple[_BatchNorm, str, str]]:
@@ -190,20 +225,6 @@ def _layers(module: nn.Module, live: Mapping[str, Tensor]) -> list[tuple[_BatchN
         if mean in live and variance in live:
             found.append((layer, mean, variance))
     return found
-
-
-def _groups(heads: Heads, tasks: Mapping[str, MeasuredTask]) -> Iterator[tuple[nn.Module, list[TaskData], int]]:
-    """The tasks whose samples can be in one batch: one module, inputs of one form; with the batch size."""
-    groups: dict[tuple[Any, ...], list[MeasuredTask]] = {}
-    for task in tasks.values():
-        form = [(name, tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in sorted(task.data.inputs.items())]
-        groups.setdefault((id(heads.module(task.reference)), *form), []).append(task)
-    for members in groups.values():
-        yield (
-            heads.module(members[0].reference),
-            [task.data for task in members],
-            min(task.batch_size for task in members),
-        )
 
 
 def _mixed_batches(data: list[TaskData], batch_size: int) -> Iterator[Mapping[str, Tensor]]:

@@ -1,9 +1,9 @@
 """The trial store: ``trials.jsonl``, an append-only log of a search that survives a kill at any point.
 
-Line 1 is a header that identifies the search. Then, in the order in which they happened, ``ask`` (the optimiser
-proposed a point) and ``tell`` (its outcome, a whole :class:`Trial`) events. Every line is on disk before the search
-goes on, so a trial once paid for is never lost, and replaying the events in their order brings an optimiser of the
-same seed back to the same state.
+Line 1 is a header that identifies the search. Then, in the order in which they happened, ``ask`` (a point was
+proposed), ``tell`` (its outcome, a whole :class:`Trial`) and ``cut`` (which blocks a phase cuts into layers) events.
+Every line is on disk before the search goes on, so a trial once paid for is never lost, and replaying the events in
+their order brings an optimiser of the same seed back to the same state.
 """
 
 import fcntl
@@ -13,11 +13,63 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from automerge.documents import Model, write_atomically
 from automerge.errors import SearchError
+from automerge.searching.objective import Objective
 from automerge.searching.trial import Trial
+from automerge.tasks.task import Ratio, Scores, Transform
+
+
+class StoredRatio(Model):
+    """`automerge.tasks.task.Ratio`."""
+
+    numerator: list[float]
+    denominator: list[float]
+    transform: Transform = "identity"
+
+    @classmethod
+    def of(cls, ratio: Ratio) -> Self:
+        """The ratio in a form that JSON holds exactly."""
+        return cls(
+            numerator=ratio.numerator.tolist(), denominator=ratio.denominator.tolist(), transform=ratio.transform
+        )
+
+    @property
+    def ratio(self) -> Ratio:
+        """As it was."""
+        return Ratio(np.array(self.numerator), np.array(self.denominator), self.transform)
+
+
+class StoredScores(Model):
+    """`automerge.tasks.task.Scores`."""
+
+    losses: StoredRatio
+    metrics: dict[str, StoredRatio]
+    soft: StoredRatio | None
+    tempered: dict[float, StoredRatio]
+
+    @classmethod
+    def of(cls, scores: Scores) -> Self:
+        """The scores in a form that JSON holds exactly."""
+        return cls(
+            losses=StoredRatio.of(scores.losses),
+            metrics={name: StoredRatio.of(ratio) for name, ratio in scores.metrics.items()},
+            soft=None if scores.soft is None else StoredRatio.of(scores.soft),
+            tempered={at: StoredRatio.of(ratio) for at, ratio in scores.tempered.items()},
+        )
+
+    @property
+    def scores(self) -> Scores:
+        """As they were."""
+        return Scores(
+            self.losses.ratio,
+            {name: stored.ratio for name, stored in self.metrics.items()},
+            None if self.soft is None else self.soft.ratio,
+            {at: stored.ratio for at, stored in self.tempered.items()},
+        )
 
 
 class Header(Model):
@@ -25,20 +77,20 @@ class Header(Model):
 
     event: Literal["header"] = "header"
     format: Literal["automerge/trials"] = "automerge/trials"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     identity: str = Field(description="Digest of all that shapes the search: spec, segmentation, inputs.")
     hardware: str = Field(description="Device and threads; elsewhere the last digits of a loss may differ.")
-    reference_losses: dict[str, float] = Field(description="The specialist's mean validation loss by task.")
-    epsilon: float
+    objective: Objective = Field(description="The objective, with the specialists' figures that it refers to.")
 
 
 class Ask(Model):
-    """The optimiser proposed a point."""
+    """A point was proposed, or a refinement begun."""
 
     event: Literal["ask"] = "ask"
     number: int
+    phase: str = "search"
     origin: str
-    config: dict[str, Any]
+    config: dict[str, Any] = Field(default_factory=dict)
 
 
 class Tell(Model):
@@ -46,6 +98,23 @@ class Tell(Model):
 
     event: Literal["tell"] = "tell"
     trial: Trial
+    scores: dict[str, StoredScores] | None = Field(
+        default=None,
+        description="With multi-fidelity, of a trial that became the best: what the next trials race against, by task.",
+    )
+
+
+class Cut(Model):
+    """Blocks were chosen to be cut into layers, at the start of a phase."""
+
+    event: Literal["cut"] = "cut"
+    phase: str
+    blocks: list[str]
+    importance: dict[str, float] = Field(description="Of every block that was there.")
+
+
+Event = Ask | Tell | Cut
+_EVENTS: dict[str, type[Ask] | type[Tell] | type[Cut]] = {"ask": Ask, "tell": Tell, "cut": Cut}
 
 
 class TrialStore:
@@ -101,7 +170,7 @@ class TrialStore:
             raise SearchError(f"{path}: no search was begun here", "run without --resume")
         return cls(path, identity)
 
-    def append(self, event: Ask | Tell) -> None:
+    def append(self, event: Event) -> None:
         """Write one event; it is on disk before this returns."""
         self._file.write(_encode(event))
         self._sync()
@@ -136,7 +205,7 @@ def read_trials(path: Path) -> list[Trial]:
     return sorted((event.trial for event in events if isinstance(event, Tell)), key=lambda trial: trial.number)
 
 
-def read_log(path: Path) -> tuple[Header, list[Ask | Tell], int]:
+def read_log(path: Path) -> tuple[Header, list[Event], int]:
     """Header, events and the length in bytes of the sound part of a log.
 
     Raises:
@@ -147,7 +216,7 @@ def read_log(path: Path) -> tuple[Header, list[Ask | Tell], int]:
     except FileNotFoundError:
         raise SearchError(f"{path}: no search was begun here", "run without --resume") from None
     header: Header | None = None
-    events: list[Ask | Tell] = []
+    events: list[Event] = []
     length = 0
     for number, line in enumerate(_whole_lines(content), start=1):
         try:
@@ -155,7 +224,7 @@ def read_log(path: Path) -> tuple[Header, list[Ask | Tell], int]:
             if number == 1:
                 header = Header.model_validate(value)
             else:
-                events.append((Ask if value["event"] == "ask" else Tell).model_validate(value))
+                events.append(_EVENTS[value["event"]].model_validate(value))
         except (ValueError, KeyError, TypeError, ValidationError):
             raise SearchError(f"{path}: line {number} is damaged", "start in another folder") from None
         length += len(line)
@@ -177,5 +246,5 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _encode(event: Header | Ask | Tell) -> bytes:
+def _encode(event: Header | Event) -> bytes:
     return (event.model_dump_json() + "\n").encode()

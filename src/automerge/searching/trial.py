@@ -1,54 +1,45 @@
-"""Trials: one evaluated recipe each, and the objective that ranks them.
+"""Trials: one evaluated recipe each."""
 
-Capability preservation (CP) is the search-time approximation of a task's preservation rate, (L_s + e) / (L_m + e) with
-the specialist's loss L_s and the merged model's loss L_m on the task's validation data. The objective ``loss_ratio`` is
-the harmonic mean H of CP over the tasks (arXiv 2601.22748, section 3); an optimiser minimises 1/H, which is the mean
-relative loss.
-"""
-
-import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
 from automerge.documents import Model
-from automerge.errors import SearchError
+from automerge.merging.recipe import RecipeBlock
+
+Status = Literal["ok", "cached", "stopped", "failed"]
 
 
 class Trial(Model):
-    """One evaluated point of the search space."""
+    """One evaluated point of the search space, or recipe of the refinement."""
 
     number: int = Field(description="From 0, in the order of asking.")
-    origin: str = Field(description="'average', 'source:<name>', 'sobol', 'surrogate' or 'random'.")
-    config: dict[str, Any] = Field(description="The point, by hyperparameter.")
-    status: Literal["ok", "cached", "failed"]
-    cost: float = Field(description="What the optimiser was told: 1/H, or the penalty of a failed trial.")
-    objective: float | None = Field(default=None, description="H; null if the trial failed.")
+    phase: str = Field(default="search", description="'search', 'split-1' and so on, or 'refine'.")
+    origin: str = Field(
+        description="'average', 'source:<name>', 'base', 'recipe:<n>', 'parent:<n>', 'sobol', 'surrogate', 'random', "
+        "or 'refined:<trial>'."
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="The point, by hyperparameter of the phase's space."
+    )
+    blocks: list[RecipeBlock] | None = Field(
+        default=None, description="The recipe's blocks, where no point gives them."
+    )
+    status: Status = Field(description="stopped: measured in part, since it could not become the best.")
+    cost: float = Field(description="What the optimiser was told: 1 / objective, or a failed trial's penalty.")
+    objective: float | None = Field(default=None, description="The aggregate of CP; null if the trial failed.")
     losses: dict[str, float] = Field(default_factory=dict, description="Mean validation loss by task.")
     cp: dict[str, float] = Field(default_factory=dict, description="Capability preservation by task.")
+    rates: dict[str, float] = Field(
+        default_factory=dict, description="Preservation rate on validation data by task, percent."
+    )
+    samples: int = Field(default=0, description="Forward passes of single samples that it took.")
+    fidelity: float = Field(default=1.0, description="The share of the validation data that it was measured on.")
     seconds: float = Field(description="Wall time of merging and evaluating.")
     optimiser_seconds: float = Field(description="Wall time the optimiser took to propose the point.")
     error: str | None = Field(default=None, description="Why the trial failed.")
 
-
-def capability_preservation(specialist_loss: float, merged_loss: float, epsilon: float, task: str) -> float:
-    """CP of one task: (specialist_loss + epsilon) / (merged_loss + epsilon); bigger is better.
-
-    Raises:
-        SearchError: the ratio is undefined: a loss is negative or not finite, or one of them is 0 without an epsilon.
-    """
-    for who, loss in (("specialist's", specialist_loss), ("merged model's", merged_loss)):
-        if not math.isfinite(loss) or loss < 0:
-            raise SearchError(f"task {task!r}: the {who} validation loss is {loss}", "check the data and the loss")
-        if loss + epsilon == 0:
-            raise SearchError(
-                f"task {task!r}: the {who} validation loss is 0, so the loss ratio is undefined",
-                "set search.epsilon, e.g. 0.001",
-            )
-    return (specialist_loss + epsilon) / (merged_loss + epsilon)
-
-
-def harmonic_mean(cp: Mapping[str, float]) -> float:
-    """H: the harmonic mean of CP over the tasks."""
-    return len(cp) / sum(1.0 / value for value in cp.values())
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it was measured on all validation data, so that it can be the best."""
+        return self.status in ("ok", "cached")

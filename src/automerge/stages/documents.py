@@ -17,10 +17,28 @@ MERGED = "merged.json"
 SEGMENTATION = "segmentation.json"
 TRIALS = "trials.jsonl"
 RECIPE = "recipe.json"
+FRONT = "front.json"
 STATISTICS = "statistics.safetensors"
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 REGISTRATION = "registration.json"
+
+
+class FrontPoint(Model):
+    """A recipe that no other trial beats in every task."""
+
+    number: int = Field(description="Of its trial; its recipe is in the folder front/<number>.")
+    cp: dict[str, float] = Field(description="Capability preservation by task, on validation data.")
+    rates: dict[str, float] = Field(description="Preservation rate on validation data by task, percent.")
+
+
+class Front(Document):
+    """front.json: the Pareto front of a search, by the first task's capability preservation."""
+
+    FORMAT: ClassVar[str] = "automerge/front"
+
+    tasks: list[str]
+    points: list[FrontPoint]
 
 
 class FileRecord(Model):

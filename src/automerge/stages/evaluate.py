@@ -31,9 +31,11 @@ from automerge.preservation import (
     preservation,
     shared_samples,
 )
+from automerge.report.alignment import alignment
 from automerge.report.report import write_report
 from automerge.searching.evaluator import MeasuredTask
 from automerge.searching.store import read_trials
+from automerge.searching.trial import Trial
 from automerge.segmenting.segmentation import Block, Segmentation
 from automerge.spec import PAPER_TECHNIQUES, Spec
 from automerge.stages.documents import EVALUATION, MERGED, RECIPE, REPORT, STATISTICS, TRIALS, Manifest, Merged
@@ -116,12 +118,18 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
             resamples=spec.evaluation.resamples,
             seed=spec.evaluation.seed,
         )
+        trials = read_trials(search / TRIALS)
         onnx = _export(loaded, merged, validation, folder) if spec.evaluation.onnx else OnnxResult(status="off")
         evaluation = Evaluation(
             recipe=recipe.digest(),
             tasks=found.tasks,
             models=found.models,
-            warnings=[*_shared_sample_warnings(validation, test), *found.warnings, *left_out],
+            warnings=[
+                *_shared_sample_warnings(validation, test),
+                *found.warnings,
+                *left_out,
+                *_alignment_warning(trials),
+            ],
             gate=check_gate(spec.gate, found.models[0], found.tasks),
             onnx=onnx,
             confidence=spec.evaluation.confidence,
@@ -134,7 +142,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
             spec=spec,
             segmentation=blocks,
             recipe=recipe,
-            trials=read_trials(search / TRIALS),
+            trials=trials,
             evaluation=evaluation,
             manifest=opened.manifest,
         )
@@ -290,6 +298,12 @@ def _shared_sample_warnings(validation: dict[str, MeasuredTask], test: dict[str,
                     f"{other!r}, so its figures may be too good"
                 )
     return warnings
+
+
+def _alignment_warning(trials: Sequence[Trial]) -> list[str]:
+    """Whether the search's objective was a poor guide to what it was to keep."""
+    found = alignment(trials)
+    return [found.warning] if found is not None and found.warning is not None else []
 
 
 def _export(loaded: Loaded, merged: Heads, validation: dict[str, MeasuredTask], folder: Path) -> OnnxResult:

@@ -15,7 +15,7 @@ from automerge.checkpoint.info import TensorInfo
 from automerge.checkpoint.open import open_checkpoint
 from automerge.errors import MergeError, SpecError
 from automerge.merging.recipe import BASE, Vocabulary
-from automerge.merging.technique import usable_techniques
+from automerge.merging.technique import Declaration, usable_techniques
 from automerge.models.architecture import Architecture, load_architecture
 from automerge.models.state import state_names
 from automerge.plugins import load_plugin
@@ -242,18 +242,28 @@ def check_plugins(spec: Spec) -> list[str]:
     load_plugin("registries", spec.registry.kind, where="registry.kind")
     for task in spec.tasks:
         load_task(task, None)
-    techniques, notices = usable_techniques(
-        spec.search.techniques,
-        sources=len(spec.sources),
-        has_base=spec.base is not None,
-        unnormalised=spec.search.weights == "independent",
-    )
+    techniques, notices = techniques_of(spec)
     refuse_sources_without_tasks(
         needed_statistics(techniques.values()),
         [source.name for source in spec.sources],
         [spec.reference_of(task) for task in spec.tasks],
     )
     return notices
+
+
+def techniques_of(spec: Spec) -> tuple[dict[str, Declaration], list[str]]:
+    """The techniques that the spec's search can use, by name, and notices about those it cannot.
+
+    Raises:
+        PluginError, SearchError: one is unknown, or none fits.
+    """
+    has_base = spec.base is not None
+    return usable_techniques(
+        spec.search.techniques,
+        sources=len(spec.sources),
+        has_base=has_base,
+        unnormalised=has_base and spec.search.weights == "independent",
+    )
 
 
 def private_names(patterns: Sequence[str], checkpoints: Mapping[str, Checkpoint]) -> dict[str, list[str]]:

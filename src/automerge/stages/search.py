@@ -1,36 +1,34 @@
 """search: find the recipe with the highest objective on validation data."""
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from automerge.checkpoint.info import info_of
-from automerge.documents import digest_of
-from automerge.errors import MissingExtraError, SearchError
-from automerge.merging.recipe import Recipe
-from automerge.merging.resident import ResidentMerger
-from automerge.merging.statistics import Statistics, read_metadata, recalibrated_key, write_statistics
-from automerge.merging.technique import Statistic, usable_techniques
-from automerge.searching.evaluator import MeasuredTask, RecipeEvaluator, mean_losses
-from automerge.searching.gathering import (
-    FISHER_SAMPLES,
-    GRAM_SAMPLES,
-    gather,
-    needed_statistics,
-    refuse_sources_without_tasks,
-)
+from automerge.errors import SearchError
+from automerge.merging.random import mask_key
+from automerge.merging.recipe import Recipe, RecipeBlock
+from automerge.merging.statistics import Statistics, recalibrated_key, write_statistics
+from automerge.searching.fidelity import make_slices, stratified_order
+from automerge.searching.objective import Measure, Objective
 from automerge.searching.recalibration import recalibrate
-from automerge.searching.search import SearchProgress, SearchResult
+from automerge.searching.refinement import Refined, Split, refine, tensor_gradients
+from automerge.searching.search import Plan, SearchProgress, SearchResult
 from automerge.searching.search import search as run_search
 from automerge.searching.store import refuse_begun
-from automerge.searching.trial import capability_preservation, harmonic_mean
-from automerge.spec import Spec
-from automerge.stages.documents import RECIPE, STATISTICS, TRIALS
-from automerge.stages.inputs import Inputs
-from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
+from automerge.searching.workers import DaskWorkers, InProcess, ProcessWorkers, Workers
+from automerge.segmenting.segmentation import Segmentation
+from automerge.spec import RefineSpec, Spec
+from automerge.stages.documents import FRONT, RECIPE, STATISTICS, TRIALS, Front, FrontPoint
+from automerge.stages.segment import segmentation_of
+from automerge.stages.trials import EvaluatorFactory, TrialRun, identity_of
+from automerge.storage import download
+from automerge.tasks.task import Scores
 from automerge.telemetry.metrics import StageMetrics, observe_stage
 
 log = logging.getLogger(__name__)
@@ -48,7 +46,8 @@ def search(
     """Search, and write ``trials.jsonl`` as it goes and ``recipe.json`` at the end.
 
     ``statistics.safetensors`` is written before the search if a technique of the space needs statistics, and again at
-    the end if the recipe has recalibrated buffers.
+    the end if the recipe has recalibrated buffers. A search for the Pareto front also writes ``front.json``, and the
+    recipe of each of its points in a folder of its own below ``front``.
 
     Args:
         spec: the spec.
@@ -62,127 +61,165 @@ def search(
         AutoMergeError: the inputs do not fit each other, or the search cannot start, go on or be resumed.
     """
     with observe_stage("search", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
-        try:
-            from automerge.searching.space import SearchSpace
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(f"the search ({error.name})", "search") from None
-        device = prepare_compute(spec)
-        opened = Inputs.open(spec, inputs)
-        blocks_document = read_segmentation(segmentation, spec)
-        techniques, notices = usable_techniques(
-            spec.search.techniques,
-            sources=len(spec.sources),
-            has_base=spec.base is not None,
-            unnormalised=spec.search.weights == "independent",
-        )
-        for notice in notices:
-            log.warning("%s", notice)
-        kinds = needed_statistics(techniques.values())
-        refuse_sources_without_tasks(kinds, [source.name for source in spec.sources], opened.references)
         store = folder / TRIALS
         if not resume:
             refuse_begun(store)
-        loaded = Loaded.load(opened, device)
-        blocks = mergeable_blocks(blocks_document, loaded.private)
-        if not any(block.parameters for block in blocks):
-            raise SearchError(
-                "every parameter is private, so there is nothing to merge", "narrow 'private' in the spec"
+        run = TrialRun.load(spec, inputs, segmentation, folder)
+        scores = run.reference_scores()
+        objective = run.objective(scores)
+        space = replace(run.space, start_points=_start_points(spec, run))
+        workers = _workers(spec, run, inputs, segmentation, folder)
+        try:
+            result = run_search(
+                space,
+                workers,
+                objective,
+                store_path=store,
+                identity=identity_of(spec, run.loaded.inputs, run.statistics),
+                hardware=f"{run.loaded.device.type} with {torch.get_num_threads()} threads",
+                resume=resume and store.exists(),
+                progress=_observed(progress, metrics),
+                plan=_plan(spec, run, objective, scores, folder),
             )
-        space = SearchSpace(blocks, [source.name for source in spec.sources], techniques, spec.search)
-
-        average = loaded.recipe(blocks_document, space.recipe_blocks(space.average()))
-        tasks = loaded.measured("validation")
-        statistics = _gathered(folder, loaded, kinds, average, tasks) if kinds else None
-        # In the output dtype: what is measured is what `merge` will write.
-        heads = loaded.heads(loaded.shared(spec.sources[0].name, fitted=True), dtype=spec.merge.dtype)
-        merger = ResidentMerger(loaded.base, loaded.sources, device, statistics)
-        merger.apply(average, heads.live)
-        reference_losses: dict[str, float] = {}
-        for reference in opened.references:
-            own = {name: task for name, task in tasks.items() if task.reference == reference}
-            specialist = loaded.heads(loaded.shared(reference), [reference])
-            reference_losses |= mean_losses(own, specialist.module, opened.architecture, device)
-        evaluator = RecipeEvaluator(average, merger, heads, opened.architecture, tasks, device)
-
-        result = run_search(
-            space,
-            evaluator,
-            {task.name: reference_losses[task.name] for task in spec.tasks},
-            store_path=store,
-            identity=_identity(spec, opened, statistics),
-            hardware=f"{device.type} with {torch.get_num_threads()} threads",
-            resume=resume and store.exists(),
-            progress=_observed(progress, metrics),
-        )
-        recipe = loaded.recipe(blocks_document, result.blocks)
-        recalibrated: dict[str, torch.Tensor] = {}
-        if spec.recalibrates and result.stopped != "interrupted":
-            merger.apply(recipe, heads.live)
-
-            def objective(losses: Mapping[str, float]) -> float:
-                epsilon = spec.search.effective_epsilon
-                return harmonic_mean(
-                    {
-                        name: capability_preservation(reference_losses[name], loss, epsilon, name)
-                        for name, loss in losses.items()
-                    }
-                )
-
-            recalibrated = recalibrate(heads, tasks, opened.architecture, device, objective)
-        _with_statistics(recipe, statistics, recalibrated, folder / STATISTICS).write(folder / RECIPE)
+        finally:
+            workers.close()
+        if result.front:
+            _write_front(spec, run, objective, result, folder)
+        _write_recipe(run, objective, result.blocks, folder, recalibrates=result.stopped != "interrupted")
         assert result.best.objective is not None  # noqa: S101 - the best trial succeeded
         metrics.set("automerge_search_best_objective", result.best.objective)
     return result
 
 
-def _gathered(
-    folder: Path, loaded: Loaded, kinds: Sequence[Statistic], recipe: Recipe, tasks: Mapping[str, MeasuredTask]
-) -> Statistics:
-    """The sources' statistics, on the device: of an earlier attempt at the same search, or gathered and written.
+def _start_points(spec: Spec, run: TrialRun) -> list[tuple[str, Mapping[str, object]]]:
+    """The points of the recipes that the spec wants to be tried at the start.
 
     Raises:
-        SearchError: they cannot be gathered, or there are those of another search whose trials are in the folder.
+        SpecError, StorageError: one cannot be read.
+        SearchError: one is of another model, or uses what this space does not have.
     """
-    path = folder / STATISTICS
-    spec, device = loaded.inputs.spec, loaded.device
-    names = [name for block in recipe.blocks for name in block.parameters]
-    made_from = digest_of(
-        {
-            "inputs": _identity(spec, loaded.inputs, None),
-            "kinds": list(kinds),
-            "names": sorted(names),
-            "samples": [FISHER_SAMPLES, GRAM_SAMPLES],
-            "seed": spec.search.seed,
-        }
+    points: list[tuple[str, Mapping[str, object]]] = []
+    with tempfile.TemporaryDirectory(prefix="automerge-recipes-") as folder:
+        for index, uri in enumerate(spec.search.start_from):
+            path = Path(folder) / f"{index}.json"
+            download(uri, path)
+            try:
+                points.append((f"recipe:{index}", run.space.from_recipe(Recipe.read(path).blocks)))
+            except SearchError as error:
+                raise SearchError(f"search.start_from.{index}: {error.problem}", error.remedy) from None
+    return points
+
+
+def _workers(spec: Spec, run: TrialRun, inputs: Path, segmentation: Path, folder: Path) -> Workers:
+    """Where the trials run: here, in processes of their own, or on a cluster."""
+    compute = spec.compute
+    if compute.scheduler is None and compute.workers == 1 and spec.search.trial_seconds is None:
+        return InProcess(run.evaluator)
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = compute.threads or max(1, torch.get_num_threads() // compute.workers)
+    factory = EvaluatorFactory(
+        spec.model_dump_json(), inputs.absolute(), segmentation.absolute(), folder.absolute(), threads
     )
-    if read_metadata(path).get("gathered") == made_from:
-        with Statistics.open(path) as written:
-            return written.resident(device)
-    if path.exists() and (folder / TRIALS).exists():
-        raise SearchError(
-            f"{path}: belongs to another search, or is damaged",
-            "start in another folder, or remove it to have the statistics of this search gathered again",
+    if compute.scheduler is not None:
+        return DaskWorkers(compute.scheduler, factory, trial_seconds=spec.search.trial_seconds)
+    cuda = run.loaded.device.type == "cuda"
+    devices = [str(index) for index in range(torch.cuda.device_count())] if cuda and compute.workers > 1 else None
+    return ProcessWorkers(factory, compute.workers, trial_seconds=spec.search.trial_seconds, devices=devices)
+
+
+def _plan(spec: Spec, run: TrialRun, objective: Objective, scores: Mapping[str, Scores], folder: Path) -> Plan:
+    """What the phases beyond plain Bayesian optimisation need."""
+    search = spec.search
+    refines = search.refine is not None and any(
+        declaration.differentiable for declaration in run.space.techniques.values()
+    )
+    if search.refine is not None and not refines:
+        log.warning("no technique of the search has a derivative, so nothing is refined")
+    layers = None
+    if search.split is not None or (refines and search.refine is not None and search.refine.granularity == "layer"):
+        layers = segmentation_of(run.loaded.inputs, "layer")
+    slices = None
+    if search.fidelity is not None:
+        data = {name: task.data for name, task in run.tasks.items()}
+        slices = make_slices(data, search.fidelity.slices, search.seed)
+
+    def refined(number: int, blocks: Sequence[RecipeBlock]) -> Refined:
+        assert search.refine is not None  # noqa: S101 - nothing is refined without it
+        return refine(
+            run.evaluator,
+            blocks,
+            lambda block: _groups(block, search.refine, layers),
+            objective,
+            _split(run, scores, search.refine, search.seed),
+            search.refine,
+            seed=search.seed,
+            checkpoint=folder / f"refinement-{number}.json",
+            batch_statistics=run.batch_statistics,
         )
 
-    def module_of(source: str) -> nn.Module:
-        shared = loaded.shared(source, fitted=True)
-        double = any(tensor.dtype == torch.float64 for tensor in shared.values())
-        return loaded.heads(shared, [source], dtype="same" if double else "float32").module(source)
-
-    log.info("gathering the %s statistics of %d sources", " and ".join(kinds), len(spec.sources))
-    tensors = gather(
-        kinds,
-        [source.name for source in spec.sources],
-        tasks,
-        module_of,
-        names,
-        loaded.inputs.architecture,
-        device,
-        spec.search.seed,
+    return Plan(
+        slices=slices,
+        layers=layers if search.split is not None else None,
+        gradients=lambda blocks: tensor_gradients(run.evaluator, blocks, objective, run.batch_statistics),
+        refine=refined if refines else None,
     )
-    infos = {key: info_of(tensor) for key, tensor in tensors.items()}
-    digest = write_statistics(path, infos, tensors.items(), {"gathered": made_from})
-    return Statistics(infos, tensors.__getitem__, where=str(path), digest=digest, metadata={"gathered": made_from})
+
+
+def _split(run: TrialRun, scores: Mapping[str, Scores], spec: RefineSpec, seed: int) -> Split:
+    """The validation data in two stratified parts: what the gradient sees, and what the early stopping sees."""
+    fit: dict[str, list[int]] = {}
+    held_back: dict[str, list[int]] = {}
+    for name, task in run.tasks.items():
+        order = stratified_order(task.data, mask_key(seed, "refinement", name)).tolist()
+        kept = min(len(order) - 1, max(1, round(len(order) * (1 - spec.held_back))))
+        fit[name], held_back[name] = order[:kept], order[kept:]
+    return Split(fit, held_back, run.objective(scores, held_back))
+
+
+def _groups(block: RecipeBlock, spec: RefineSpec | None, layers: Segmentation | None) -> list[tuple[str, list[str]]]:
+    """How a block's parameters are grouped, each group with weights of its own."""
+    assert spec is not None  # noqa: S101 - nothing is refined without it
+    if spec.granularity == "tensor":
+        return [(name, [name]) for name in block.parameters]
+    if spec.granularity == "block" or layers is None:
+        return [(block.name, list(block.parameters))]
+    layer_of = {name: layer.name for layer in layers.blocks for name in layer.parameters}
+    groups: dict[str, list[str]] = {}
+    for name in block.parameters:
+        groups.setdefault(layer_of.get(name, "rest").partition("/")[2] or "rest", []).append(name)
+    return list(groups.items())
+
+
+def _write_recipe(
+    run: TrialRun, objective: Objective, blocks: list[RecipeBlock], folder: Path, *, recalibrates: bool
+) -> Recipe:
+    """Recalibrate where that is asked for, and write the recipe with its statistics."""
+    recipe = run.loaded.recipe(run.segmentation, blocks)
+    recalibrated: dict[str, torch.Tensor] = {}
+    if recalibrates and run.loaded.inputs.spec.recalibrates:
+        run.merger.forget()  # its buffers may have been recalibrated in the live model
+        run.merger.apply(recipe, run.heads.live)
+
+        def value() -> float:
+            found = run.evaluator.measure(None).scores
+            return objective.value(objective.preservation({name: Measure.of(each) for name, each in found.items()}))
+
+        inputs = run.loaded.inputs
+        recalibrated = recalibrate(run.heads, run.tasks, inputs.architecture, run.loaded.device, value)
+    made = _with_statistics(recipe, run.statistics, recalibrated, folder / STATISTICS)
+    made.write(folder / RECIPE)
+    return made
+
+
+def _write_front(spec: Spec, run: TrialRun, objective: Objective, result: SearchResult, folder: Path) -> None:
+    """The front's points, each with its recipe and statistics in a folder of its own."""
+    shutil.rmtree(folder / "front", ignore_errors=True)
+    points = []
+    for trial, blocks in result.front:
+        place = folder / "front" / str(trial.number)
+        _write_recipe(run, objective, blocks, place, recalibrates=result.stopped != "interrupted")
+        points.append(FrontPoint(number=trial.number, cp=trial.cp, rates=trial.rates))
+    Front(tasks=[task.name for task in spec.tasks], points=points).write(folder / FRONT)
 
 
 def _with_statistics(
@@ -195,7 +232,7 @@ def _with_statistics(
         path.unlink(missing_ok=True)  # of an earlier end of this search
         return recipe
     tensors = {recalibrated_key(name): tensor for name, tensor in recalibrated.items()}
-    if gathered is not None and set(gathered.infos) == set(keys) and not tensors:
+    if gathered is not None and set(gathered.infos) == set(keys) and not tensors and path.exists():
         digest = gathered.digest
     else:
         infos = {key: gathered.infos[key] for key in keys} if gathered is not None else {}
@@ -204,6 +241,7 @@ def _with_statistics(
         def read(key: str) -> torch.Tensor:
             return tensors[key] if gathered is None or key in tensors else gathered.read(key)
 
+        path.parent.mkdir(parents=True, exist_ok=True)
         digest = write_statistics(
             path,
             infos,
@@ -211,22 +249,6 @@ def _with_statistics(
             gathered.metadata if gathered is not None else {},
         )
     return recipe.model_copy(update={"statistics": digest}) if recipe.needs_statistics else recipe
-
-
-def _identity(spec: Spec, opened: Inputs, statistics: Statistics | None) -> str:
-    """Digest of what shapes the losses: what is merged, how the model runs, on which data, and the statistics of it."""
-    digests = opened.manifest.digests()
-    return digest_of(
-        {
-            **({"statistics": statistics.gathered_digest()} if statistics is not None else {}),
-            "inputs": {name: digest for name, digest in digests.items() if not name.endswith("/test")},
-            "model": spec.model.model_dump(mode="json", exclude={"python_path"}),
-            "arguments": {source.name: source.arguments for source in spec.sources},
-            "tasks": [task.model_dump(mode="json", exclude={"validation", "test", "metrics"}) for task in spec.tasks],
-            "private": spec.private,
-            "merge": spec.merge.model_dump(mode="json", exclude={"max_shard_bytes", "recalibrate"}),
-        }
-    )
 
 
 def _observed(

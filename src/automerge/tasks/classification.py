@@ -46,6 +46,16 @@ class Classification(Task):
         """Ones [n]."""
         return torch.ones_like(targets["labels"], dtype=torch.float32)
 
+    def soft_metric(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """The probability of the right class: float32 [n]. See ``Task.soft_metric``."""
+        labels = self._checked(logits, targets)
+        return logits.float().softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+    def guess_loss(self, data: TaskData) -> float:
+        """The entropy of the labels: the loss of guessing each class as often as it comes."""
+        shares = torch.bincount(data.targets["labels"]).double() / len(data)
+        return float(-torch.xlogy(shares, shares).sum())
+
     def metric_ratios(self, logits: Tensor, targets: dict[str, Tensor], losses: Ratio) -> dict[str, Ratio]:
         """See ``Task.metric_ratios``.
 

@@ -1,7 +1,7 @@
 """Task kind ``language_modelling``: logits [n, T, vocabulary] against the tokens that they predict."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,28 @@ class LanguageModelling(Task):
     def loss(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
         """Cross-entropy of each sample, summed over its tokens: float32 [n]. See ``Task.loss``."""
         labels = self._checked(logits, targets)
-        rows = len(logits) if torch.is_grad_enabled() else max(1, _CHUNK_ELEMENTS // max(1, logits[0].numel()))
         parts = [
             F.cross_entropy(part.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none").sum(dim=1)
-            for part, wanted in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
+            for part, wanted in _chunks(logits, labels)
         ]
         return torch.cat(parts)
+
+    def soft_metric(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """The probability of the target token, summed over the tokens of each sample: float32 [n]."""
+        labels = self._checked(logits, targets)
+        parts = [
+            torch.where(
+                wanted == IGNORED,
+                0.0,
+                part.float().softmax(dim=-1).gather(-1, wanted.clamp_min(0).unsqueeze(-1)).squeeze(-1),
+            ).sum(dim=1)
+            for part, wanted in _chunks(logits, labels)
+        ]
+        return torch.cat(parts)
+
+    def guess_loss(self, data: TaskData) -> float:
+        """The entropy of the target tokens' own frequencies."""
+        return self.chance("loss", data)
 
     def loss_weights(self, targets: dict[str, Tensor]) -> Tensor:
         """The number of target tokens of each sample [n]."""
@@ -205,6 +221,12 @@ class LanguageModelling(Task):
             max(len(window) for window, _ in windows),
         )
         return inputs, [begins for _, begins in windows]
+
+
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels in pieces of a bounded size, or in one where a graph holds them all anyhow."""
+    rows = len(logits) if torch.is_grad_enabled() else max(1, _CHUNK_ELEMENTS // max(1, logits[0].numel()))
+    return zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
 
 
 def _keys_of_rows(inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

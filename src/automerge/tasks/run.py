@@ -1,5 +1,7 @@
 """Running a model on a task's data."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -16,6 +18,9 @@ def evaluate_task(
     data: TaskData,
     batch_size: int,
     device: torch.device | str,
+    *,
+    soft: bool = False,
+    temperatures: Sequence[float] = (),
 ) -> Scores:
     """Loss and metrics of a model on every sample of a task, in the order of the data.
 
@@ -26,6 +31,7 @@ def evaluate_task(
         data: the samples, on any device.
         batch_size: samples a forward pass.
         device: where the module is.
+        soft, temperatures: what else to score, as of ``Task.score``.
 
     Returns:
         Scores of ``len(data)`` samples; losses and metrics are computed in float32 from the module's logits.
@@ -40,7 +46,8 @@ def evaluate_task(
     with torch.inference_mode():
         for batch in data.batches(batch_size):
             moved = batch.to(device)
-            scores = task.score(run_on(architecture, module, task, moved), moved.targets)
+            logits = run_on(architecture, module, task, moved)
+            scores = task.score(logits, moved.targets, soft=soft, temperatures=temperatures)
             if not bool(np.isfinite(scores.losses.numerator).all()):
                 sample = start + int(np.flatnonzero(~np.isfinite(scores.losses.numerator))[0])
                 raise TaskError(

@@ -8,7 +8,7 @@ resample) is transform(sum of numerators / sum of denominators).
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -128,10 +128,14 @@ class Scores:
     Attributes:
         losses: the loss; numerator and denominator [n].
         metrics: the task's chosen metrics by name.
+        soft: the probability of the right answer, if it was asked for.
+        tempered: the loss at each of the temperatures that were asked for.
     """
 
     losses: Ratio
     metrics: dict[str, Ratio]
+    soft: Ratio | None = None
+    tempered: dict[float, Ratio] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.losses.numerator)
@@ -140,6 +144,20 @@ class Scores:
     def mean_loss(self) -> float:
         """The loss over all samples: sum of numerators / sum of denominators."""
         return self.losses.value
+
+    def subset(self, rows: Sequence[int]) -> Self:
+        """The scores of some samples, in that order."""
+        index = np.asarray(rows, dtype=np.int64)
+
+        def taken(ratio: Ratio) -> Ratio:
+            return Ratio(ratio.numerator[index], ratio.denominator[index], ratio.transform)
+
+        return type(self)(
+            taken(self.losses),
+            {name: taken(ratio) for name, ratio in self.metrics.items()},
+            None if self.soft is None else taken(self.soft),
+            {at: taken(ratio) for at, ratio in self.tempered.items()},
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
@@ -152,9 +170,12 @@ class Scores:
                 ratios[0].transform,
             )
 
+        soft = [part.soft for part in parts if part.soft is not None]
         return cls(
             joined([part.losses for part in parts]),
             {name: joined([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            joined(soft) if soft else None,
+            {at: joined([part.tempered[at] for part in parts]) for at in parts[0].tempered},
         )
 
 
@@ -229,11 +250,48 @@ class Task(ABC):
     def chance(self, metric: str, data: TaskData) -> float:
         """The value that a metric reaches on these data by the best constant guess, the same for every sample."""
 
-    def score(self, logits: Tensor, targets: dict[str, Tensor]) -> Scores:
-        """Loss and chosen metrics of each sample; columns float64 [n]. Arguments as of ``loss``."""
+    def soft_metric(self, logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """The probability of the right answer, summed over the parts of each sample: float32 [n], differentiable.
+
+        Divided by ``loss_weights`` it lies between 0 and 1: the accuracy that drawing the answer from the model's own
+        distribution has in expectation. Arguments as of ``loss``. By default a kind has none.
+
+        Raises:
+            TaskError: the kind has none, or the logits do not fit the targets.
+        """
+        raise self.unfit(
+            f"the kind {self.spec.kind!r} has no soft metric", "set search.objective to 'loss_ratio' or 'gap'"
+        )
+
+    def guess_loss(self, data: TaskData) -> float:
+        """The mean loss of the best constant guess on these data, nats; by default a kind does not say.
+
+        Raises:
+            TaskError: the kind does not say.
+        """
+        raise self.unfit(
+            f"the kind {self.spec.kind!r} does not say the loss of a guess", "set search.gap_reference to 'other'"
+        )
+
+    def score(
+        self, logits: Tensor, targets: dict[str, Tensor], *, soft: bool = False, temperatures: Sequence[float] = ()
+    ) -> Scores:
+        """Loss and chosen metrics of each sample; columns float64 [n]. Arguments as of ``loss``.
+
+        Args:
+            logits, targets: as of ``loss``.
+            soft: also the soft metric.
+            temperatures: also the loss of the logits divided by each of these.
+        """
         with torch.no_grad():
-            losses = Ratio(to_column(self.loss(logits, targets)), to_column(self.loss_weights(targets)))
-            return Scores(losses, self.metric_ratios(logits, targets, losses))
+            weights = to_column(self.loss_weights(targets))
+            losses = Ratio(to_column(self.loss(logits, targets)), weights)
+            return Scores(
+                losses,
+                self.metric_ratios(logits, targets, losses),
+                Ratio(to_column(self.soft_metric(logits, targets)), weights) if soft else None,
+                {at: Ratio(to_column(self.loss(logits / at, targets)), weights) for at in temperatures},
+            )
 
     def unfit(self, problem: str, remedy: str) -> TaskError:
         """An error that names this task."""

@@ -64,6 +64,7 @@ def _fused_ties(settings: Settings) -> Fused:
     effective_note="where the element was kept; elsewhere 0",
     canonical=_canonical,
     fused=_fused_linear,
+    differentiable=True,
     source=_SOURCE,
 )
 def breadcrumbs(
@@ -82,6 +83,7 @@ def breadcrumbs(
     effective_note="where the element was kept and has the elected sign; elsewhere 0",
     canonical=_canonical_ties,
     fused=_fused_ties,
+    differentiable=True,
     source=f"{_SOURCE}; sign election of https://arxiv.org/abs/2306.01708",
 )
 def breadcrumbs_ties(

@@ -70,6 +70,7 @@ def _fused_ties(settings: Settings) -> Fused | None:
     effective_note="in expectation over the random mask",
     canonical=_canonical_linear,
     fused=_fused_linear,
+    differentiable=True,
     source=_SOURCE,
 )
 def dare_linear(
@@ -89,6 +90,7 @@ def dare_linear(
     effective_note="in expectation over the random mask, where all sources agree in sign",
     canonical=_canonical_ties,
     fused=_fused_ties,
+    differentiable=True,
     source=f"{_SOURCE}; sign election of https://arxiv.org/abs/2306.01708",
 )
 def dare_ties(

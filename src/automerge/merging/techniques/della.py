@@ -83,6 +83,7 @@ def _dropped(inputs: TensorInputs, density: float, epsilon: float, rescale: Resc
     effective_note="where all sources were kept and agree, before the rescaling of what was kept; an element that was "
     "dropped or lost the election has weight 0, and under 'normalize' the others of that element share the whole",
     canonical=_canonical,
+    differentiable=True,
     source=f"{_SOURCE}; sign election of https://arxiv.org/abs/2306.01708",
 )
 def della(
@@ -108,6 +109,7 @@ def della(
     effective_weights=scaled_weights,
     effective_note="in expectation over the random mask",
     canonical=_canonical_linear,
+    differentiable=True,
     source=_SOURCE,
 )
 def della_linear(

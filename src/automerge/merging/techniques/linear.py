@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from automerge.merging.consensus import weighted_sum
+from automerge.merging.consensus import sum_of_weights, weighted_sum
 from automerge.merging.fused import Fused
 from automerge.merging.technique import Settings, TensorInputs, scaled_to_sum_one, technique
 
@@ -35,8 +35,9 @@ def _fused(settings: Settings) -> Fused:
     effective_weights=shares,
     canonical=_canonical,
     fused=_fused,
+    differentiable=True,
     source="Wortsman et al., 'Model soups', https://arxiv.org/abs/2203.05482",
 )
 def linear(inputs: TensorInputs, weights: Sequence[float]) -> torch.Tensor:
     """sum(w_i * t_i) / sum(w_i)."""
-    return weighted_sum(inputs.sources, weights).div_(math.fsum(weights))
+    return weighted_sum(inputs.sources, weights).div_(sum_of_weights(weights))

@@ -41,6 +41,7 @@ def _fused(settings: Settings) -> Fused:
     effective_weights=scaled_weights,
     canonical=_canonical,
     fused=_fused,
+    differentiable=True,
     source="Ilharco et al., 'Editing models with task arithmetic', https://arxiv.org/abs/2212.04089",
 )
 def task_arithmetic(inputs: TensorInputs, weights: Sequence[float], *, lambda_: float) -> torch.Tensor:

@@ -61,6 +61,7 @@ def _fused(settings: Settings) -> Fused:
     "and under 'normalize' the others of that element share the whole",
     canonical=_canonical,
     fused=_fused,
+    differentiable=True,
     source="Yadav et al., 'TIES-Merging', https://arxiv.org/abs/2306.01708; weighted as in mergekit",
 )
 def ties(

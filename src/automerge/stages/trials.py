@@ -1,0 +1,289 @@
+"""What the trials of a search run on: loaded inputs, live model and evaluator; in this process or another."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from automerge.checkpoint.info import info_of
+from automerge.documents import digest_of
+from automerge.errors import MissingExtraError, SearchError
+from automerge.merging.recipe import BASE, Recipe, RecipeBlock
+from automerge.merging.resident import ResidentMerger
+from automerge.merging.statistics import Statistics, read_metadata, write_statistics
+from automerge.merging.technique import Statistic
+from automerge.models.heads import Heads
+from automerge.searching.evaluator import MeasuredTask, Outcome, RecipeEvaluator, measure_tasks
+from automerge.searching.fidelity import Race
+from automerge.searching.gathering import (
+    FISHER_SAMPLES,
+    GRAM_SAMPLES,
+    gather,
+    needed_statistics,
+    refuse_sources_without_tasks,
+)
+from automerge.searching.objective import TEMPERATURES, Objective, TaskReference
+from automerge.searching.recalibration import batch_norms, batch_statistics, recalibrate_live
+from automerge.segmenting.segmentation import Segmentation
+from automerge.spec import SearchSpec, Spec
+from automerge.stages.documents import STATISTICS, TRIALS
+from automerge.stages.inputs import Inputs, techniques_of
+from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
+from automerge.tasks.task import Scores
+
+if TYPE_CHECKING:
+    from automerge.searching.space import SearchSpace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """Everything that trials need, loaded and ready.
+
+    Attributes:
+        loaded: the checkpoints.
+        segmentation: the blocks.
+        space: what is searched.
+        average: the recipe of the plain average.
+        tasks: the tasks with their validation data.
+        statistics: what the techniques of the space need, or None.
+        heads: the live model.
+        merger: merges into it.
+        evaluator: merges and measures.
+    """
+
+    loaded: Loaded
+    segmentation: Segmentation
+    space: "SearchSpace"
+    average: Recipe
+    tasks: dict[str, MeasuredTask]
+    statistics: Statistics | None
+    heads: Heads
+    merger: ResidentMerger
+    evaluator: RecipeEvaluator
+
+    @classmethod
+    def load(cls, spec: Spec, inputs: Path, segmentation: Path, folder: Path) -> "TrialRun":
+        """Load the inputs, and gather the statistics that some technique needs, unless ``folder`` has them.
+
+        Args:
+            spec: the spec.
+            inputs: folder that `fetch` wrote.
+            segmentation: folder that `segment` wrote.
+            folder: of the search.
+
+        Raises:
+            AutoMergeError: the inputs do not fit each other, or the space is empty.
+        """
+        try:
+            from automerge.searching.space import SearchSpace
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(f"the search ({error.name})", "search") from None
+        device = prepare_compute(spec)
+        opened = Inputs.open(spec, inputs)
+        document = read_segmentation(segmentation, spec)
+        techniques, notices = techniques_of(spec)
+        for notice in notices:
+            log.warning("%s", notice)
+        kinds = needed_statistics(techniques.values())
+        refuse_sources_without_tasks(kinds, [source.name for source in spec.sources], opened.references)
+        loaded = Loaded.load(opened, device)
+        blocks = mergeable_blocks(document, loaded.private)
+        if not any(block.parameters for block in blocks):
+            raise SearchError(
+                "every parameter is private, so there is nothing to merge", "narrow 'private' in the spec"
+            )
+        space = SearchSpace(
+            blocks, [source.name for source in spec.sources], techniques, spec.search, has_base=spec.base is not None
+        )
+        average = loaded.recipe(document, space.recipe_blocks(space.average()))
+        tasks = loaded.measured("validation")
+        statistics = gathered_statistics(folder, loaded, kinds, average, tasks) if kinds else None
+        # In the output dtype: what is measured is what `merge` will write.
+        heads = loaded.heads(loaded.shared(spec.sources[0].name, fitted=True), dtype=spec.merge.dtype)
+        merger = ResidentMerger(loaded.base, loaded.sources, device, statistics)
+        recalibrates = spec.recalibrates and spec.search.fidelity is None and bool(batch_norms(heads, tasks))
+        evaluator = RecipeEvaluator(
+            average,
+            merger,
+            heads,
+            opened.architecture,
+            tasks,
+            device,
+            soft=needs_soft(spec.search),
+            temperatures=TEMPERATURES if spec.search.objective == "metric" else (),
+            recalibrate=partial(recalibrate_live, heads, tasks, opened.architecture, device) if recalibrates else None,
+        )
+        return cls(loaded, document, space, average, tasks, statistics, heads, merger, evaluator)
+
+    def objective(self, scores: Mapping[str, Scores], rows: Mapping[str, Sequence[int]] | None = None) -> Objective:
+        """The spec's objective, with the references on all validation data or on some rows of each task.
+
+        Args:
+            scores: the references', by `reference_scores`.
+            rows: by task.
+
+        Raises:
+            TaskError: a task's kind does not say the loss of a guess, which the objective needs.
+        """
+        search = self.loaded.inputs.spec.search
+        nothing = self._nothing() if search.objective == "gap" else {}
+        references = {}
+        for name, task in self.tasks.items():
+            own = scores[name] if rows is None else scores[name].subset(rows[name])
+            data = task.data if rows is None else task.data.subset(rows[name])
+            references[name] = TaskReference.of(task.task, data, own, nothing.get(name))
+        return Objective(name=search.objective, aggregate=search.aggregate, epsilon=search.epsilon, tasks=references)
+
+    def reference_scores(self) -> dict[str, Scores]:
+        """The specialists' scores (of a guard task: the base's) on the validation data, by task.
+
+        Raises:
+            TaskError: one is not finite.
+        """
+        found: dict[str, Scores] = {}
+        for reference in self.loaded.inputs.references:
+            own = {name: task for name, task in self.tasks.items() if task.reference == reference}
+            heads = self.loaded.heads(self.loaded.shared(reference), [reference])
+            found |= self._scores_of(heads, own)
+        return {name: found[name] for name in self.tasks}
+
+    def batch_statistics(self) -> AbstractContextManager[None]:
+        """For passes with a gradient: BatchNorm normalises by its batch, where the trials recalibrate it."""
+        return batch_statistics(self.heads, self.tasks) if self.evaluator.recalibrates else nullcontext()
+
+    def _nothing(self) -> dict[str, float]:
+        """The loss that counts as nothing kept, by task."""
+        spec = self.loaded.inputs.spec
+        if spec.search.gap_reference == "chance":
+            return {name: task.task.guess_loss(task.data) for name, task in self.tasks.items()}
+        if spec.search.gap_reference == "base" and spec.base is None:
+            raise SearchError(
+                "search.gap_reference: 'base', and the spec names no base", "set it to 'chance' or 'other'"
+            )
+        found: dict[str, float] = {}
+        for name, task in self.tasks.items():
+            others = (
+                [BASE]
+                if spec.search.gap_reference == "base"
+                else [source.name for source in spec.sources if source.name != task.reference]
+            )
+            losses = []
+            for other in others:
+                heads = self.loaded.heads(self.loaded.shared(other, fitted=True), [task.reference], like=other)
+                losses.append(self._scores_of(heads, {name: task})[name].mean_loss)
+            found[name] = min(losses)
+        return found
+
+    def _scores_of(self, heads: Heads, tasks: Mapping[str, MeasuredTask]) -> dict[str, Scores]:
+        search = self.loaded.inputs.spec.search
+        return measure_tasks(
+            tasks,
+            heads.module,
+            self.loaded.inputs.architecture,
+            self.loaded.device,
+            soft=needs_soft(search),
+            temperatures=TEMPERATURES if search.objective == "metric" else (),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluatorFactory:
+    """Makes the evaluator in a worker's process, from the folders of the earlier stages; picklable.
+
+    Attributes:
+        spec: the spec as JSON, with absolute paths.
+        inputs, segmentation, folder: as of `TrialRun.load`.
+        threads: CPU threads of torch in the worker.
+    """
+
+    spec: str
+    inputs: Path
+    segmentation: Path
+    folder: Path
+    threads: int
+
+    def __call__(self, index: int) -> Callable[[Sequence[RecipeBlock], Race | None], Outcome]:
+        """The evaluator of worker ``index``."""
+        spec = Spec.model_validate_json(self.spec)
+        compute = spec.compute.model_copy(update={"threads": self.threads})
+        run = TrialRun.load(spec.model_copy(update={"compute": compute}), self.inputs, self.segmentation, self.folder)
+        return run.evaluator
+
+
+def needs_soft(search: SearchSpec) -> bool:
+    """Whether the probability of the right answer is measured: for the objective, or for the gradient in its place."""
+    return search.objective in ("soft_metric", "metric")
+
+
+def gathered_statistics(
+    folder: Path, loaded: Loaded, kinds: Sequence[Statistic], recipe: Recipe, tasks: Mapping[str, MeasuredTask]
+) -> Statistics:
+    """The sources' statistics, on the device: of an earlier attempt at the same search, or gathered and written.
+
+    Raises:
+        SearchError: they cannot be gathered, or there are those of another search whose trials are in the folder.
+    """
+    path = folder / STATISTICS
+    spec, device = loaded.inputs.spec, loaded.device
+    names = [name for block in recipe.blocks for name in block.parameters]
+    made_from = digest_of(
+        {
+            "inputs": identity_of(spec, loaded.inputs, None),
+            "kinds": list(kinds),
+            "names": sorted(names),
+            "samples": [FISHER_SAMPLES, GRAM_SAMPLES],
+            "seed": spec.search.seed,
+        }
+    )
+    if read_metadata(path).get("gathered") == made_from:
+        with Statistics.open(path) as written:
+            return written.resident(device)
+    if path.exists() and (folder / TRIALS).exists():
+        raise SearchError(
+            f"{path}: belongs to another search, or is damaged",
+            "start in another folder, or remove it to have the statistics of this search gathered again",
+        )
+
+    def module_of(source: str) -> nn.Module:
+        shared = loaded.shared(source, fitted=True)
+        double = any(tensor.dtype == torch.float64 for tensor in shared.values())
+        return loaded.heads(shared, [source], dtype="same" if double else "float32").module(source)
+
+    log.info("gathering the %s statistics of %d sources", " and ".join(kinds), len(spec.sources))
+    tensors = gather(
+        kinds,
+        [source.name for source in spec.sources],
+        tasks,
+        module_of,
+        names,
+        loaded.inputs.architecture,
+        device,
+        spec.search.seed,
+    )
+    infos = {key: info_of(tensor) for key, tensor in tensors.items()}
+    digest = write_statistics(path, infos, tensors.items(), {"gathered": made_from})
+    return Statistics(infos, tensors.__getitem__, where=str(path), digest=digest, metadata={"gathered": made_from})
+
+
+def identity_of(spec: Spec, opened: Inputs, statistics: Statistics | None) -> str:
+    """Digest of what shapes the losses: what is merged, how the model runs, on which data, and the statistics of it."""
+    digests = opened.manifest.digests()
+    return digest_of(
+        {
+            **({"statistics": statistics.gathered_digest()} if statistics is not None else {}),
+            "inputs": {name: digest for name, digest in digests.items() if not name.endswith("/test")},
+            "model": spec.model.model_dump(mode="json", exclude={"python_path"}),
+            "arguments": {source.name: source.arguments for source in spec.sources},
+            "tasks": [task.model_dump(mode="json", exclude={"validation", "test", "metrics"}) for task in spec.tasks],
+            "private": spec.private,
+            "merge": spec.merge.model_dump(mode="json", exclude={"max_shard_bytes"}),
+        }
+    )
