@@ -27,6 +27,9 @@ TREES = 64
 LEAF = 3
 """Least trials in a leaf: one bad trial is no region of the space."""
 
+AGREEMENT = 1e-12
+"""Layers whose gradients differ by so small a part agree: it is what sums in floating point leave."""
+
 DRAWS = 512
 """Points at which a block's marginal is taken: its standard error is a few percent of it."""
 
@@ -194,8 +197,8 @@ def gradient_importance(
                 [math.fsum(gradients.get(name, {}).get(source, 0.0) for name in held) for source in sources]
                 for held in _parts(block, layers, layer_of).values()
             ]
-        ).reshape(-1, len(sources))
-        if simplex and sources:
+        )
+        if simplex and slopes.size:
             slopes = slopes - slopes.mean(axis=1, keepdims=True)
         found[block.name] = _gain(slopes)
     total = math.fsum(found.values())
@@ -204,17 +207,18 @@ def gradient_importance(
 
 def _gain(slopes: Array) -> float:
     """|g| - |projection of g on the steps that all layers have in common|, of g [layers, sources]."""
-    if len(slopes) < 2:
-        return 0.0
     largest = float(np.abs(slopes).max(initial=0.0))
-    if largest == 0:
+    if len(slopes) < 2 or largest == 0:
         return 0.0
     slopes = slopes / largest  # so that no square underflows
     mean = slopes.mean(axis=0)
     whole = float(np.linalg.norm(slopes))
     common = float(np.linalg.norm(mean)) * math.sqrt(len(slopes))
     # The difference of the squares is the sum of the squared deviations: computed so, nothing cancels.
-    return largest * float(np.square(slopes - mean).sum()) / (whole + common)
+    deviations = float(np.square(slopes - mean).sum())
+    if deviations <= (AGREEMENT * whole) ** 2:
+        return 0.0
+    return largest * deviations / (whole + common)
 
 
 def _layer_of(layers: Segmentation) -> dict[str, int]:
