@@ -476,10 +476,16 @@ class TestDask:
         assert len(list(tmp_path.glob("trial-*"))) == 2, "those that waited were not begun"
 
     @pytest.fixture(scope="class")
-    def bare(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-        """A scheduler without workers, which gives up a trial of which two die."""
-        with dask_scheduler(tmp_path_factory.mktemp("bare"), failures=1) as (address, _):
-            yield address
+    def bare_scheduler(
+        self, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+        """Without workers; it gives up a trial of which two die."""
+        with dask_scheduler(tmp_path_factory.mktemp("bare"), failures=1) as scheduler:
+            yield scheduler
+
+    @pytest.fixture
+    def bare(self, bare_scheduler: tuple[str, object]) -> str:
+        return bare_scheduler[0]
 
     def test_no_workers(self, bare: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("automerge.searching.workers.CONNECT_SECONDS", 1.0)
@@ -509,28 +515,6 @@ class TestDask:
                 workers.submit(command("kill-parent"), None).result(PATIENCE)
             assert not isinstance(caught.value, LostWorkersError)
 
-    def test_a_lost_scheduler(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        with (
-            dask_scheduler(tmp_path) as (address, scheduler),
-            dask_worker(address, tmp_path, "--no-nanny"),
-            DaskWorkers(f"dask://{address}", Factory(tmp_path)) as workers,
-        ):
-            future = workers.submit(command("say trial 600"), None)
-            wait_for_file(tmp_path, "trial.*")
-            scheduler.kill()
-            with pytest.raises(LostWorkersError) as caught:
-                future.result(PATIENCE)
-            assert str(caught.value) == (
-                f"the connection to the Dask scheduler at dask://{address} was lost; "
-                "start it again, then resume the search"
-            )
-            with pytest.raises(LostWorkersError, match="was lost"):
-                workers.submit(command("echo"), None)
-        wait_for(lambda: not any(is_alive(pid) for pid in noted(tmp_path)))
-        errors = capfd.readouterr().err
-        print(errors)
-        assert "Traceback" not in errors
-
     def test_nobody_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("automerge.searching.workers.CONNECT_SECONDS", 1.0)
         with pytest.raises(SearchError, match=r"^no Dask scheduler answers at dask://127\.0\.0\.1:9 "):
@@ -547,3 +531,29 @@ class TestDask:
         monkeypatch.setitem(sys.modules, "distributed", None)
         with pytest.raises(MissingExtraError, match=r"\[dask\]"):
             DaskWorkers("dask://127.0.0.1:9", partial(Factory(tmp_path)))
+
+    def test_a_lost_scheduler(
+        self,
+        bare_scheduler: tuple[str, "subprocess.Popen[bytes]"],
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        """The last one of the class: nobody uses this scheduler any more."""
+        address, scheduler = bare_scheduler
+        with (
+            dask_worker(address, tmp_path, "--no-nanny"),
+            DaskWorkers(f"dask://{address}", Factory(tmp_path)) as workers,
+        ):
+            future = workers.submit(command("say trial 600"), None)
+            wait_for_file(tmp_path, "trial.*")
+            scheduler.kill()
+            with pytest.raises(LostWorkersError) as caught:
+                future.result(PATIENCE)
+            assert str(caught.value) == (
+                f"the connection to the Dask scheduler at dask://{address} was lost; "
+                "start it again, then resume the search"
+            )
+            with pytest.raises(LostWorkersError, match="was lost"):
+                workers.submit(command("echo"), None)
+        wait_for(lambda: not any(is_alive(pid) for pid in noted(tmp_path)))
+        assert "Traceback" not in capfd.readouterr().err
