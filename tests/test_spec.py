@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from automerge.errors import SpecError
-from automerge.spec import DEFAULT_EPSILON, Spec, json_schema, load_spec, parse_spec
+from automerge.spec import PAPER_TECHNIQUES, PRESETS, SearchSpec, Spec, json_schema, load_spec, parse_spec
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -80,14 +80,33 @@ def test_without_a_folder_paths_stay() -> None:
     assert parse_spec(json.dumps(SMALL)).sources[0].uri == "a.safetensors"
 
 
-@pytest.mark.parametrize(("preset", "epsilon", "warm_start"), [("paper", 0.0, False), ("best", DEFAULT_EPSILON, True)])
-def test_a_preset_gives_what_is_left_out(preset: str, epsilon: float, warm_start: bool) -> None:
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_preset_gives_what_is_left_out(preset: str) -> None:
     search = parse_spec(json.dumps(with_value("search.preset", preset))).search
-    assert (search.effective_epsilon, search.effective_warm_start) == (epsilon, warm_start)
-    assert (search.trials, search.initial) == (200, 20)
-    own = with_value("search", {"preset": preset, "epsilon": 0.5, "warm_start": not warm_start})
-    search = parse_spec(json.dumps(own)).search
-    assert (search.effective_epsilon, search.effective_warm_start) == (0.5, not warm_start)
+    assert SearchSpec.model_validate({"preset": preset, **PRESETS[preset]}) == search
+    own = {"preset": preset, "epsilon": 0.5, "warm_start": not search.warm_start, "trials": 7}
+    changed = parse_spec(json.dumps(with_value("search", own))).search
+    assert changed == SearchSpec.model_validate({**search.model_dump(), **own})
+
+
+def test_paper_is_the_published_protocol() -> None:
+    search = SearchSpec.model_validate({"preset": "paper"})
+    assert (search.trials, search.initial, search.objective, search.epsilon) == (200, 20, "loss_ratio", 0.0)
+    assert (search.weights, search.weight_range, search.density_range) == ("simplex", [0.0, 1.0], [0.5, 1.0])
+    assert (search.warm_start, search.fidelity, search.split, search.refine) == (False, None, None, None)
+    assert tuple(search.techniques) == PAPER_TECHNIQUES
+
+
+@pytest.mark.parametrize(("weights", "expected"), [("simplex", [0.0, 1.0]), ("independent", [-0.5, 1.5])])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_the_range_of_the_weights_goes_with_their_kind(preset: str, weights: str, expected: list[float]) -> None:
+    assert SearchSpec.model_validate({"preset": preset, "weights": weights}).weight_range == expected
+
+
+@pytest.mark.parametrize("slices", [[0.5], [0.5, 0.5, 1.0], [0.0, 1.0], [0.5, 0.25, 1.0]])
+def test_slices_rise_to_the_whole(slices: list[float]) -> None:
+    with pytest.raises(SpecError, match="the shares must rise from above 0 to 1"):
+        parse_spec(json.dumps(with_value("search.fidelity", {"slices": slices})))
 
 
 def test_the_registered_model_is_called_as_the_spec_unless_it_says_otherwise() -> None:
@@ -118,7 +137,7 @@ NAME = "use up to 63 letters, digits, '_', '.' and '-', beginning with a letter 
          "mean 'min_improvement'?"),
         ("model.example", {"x": {"shape": [1], "dtyp": "int64"}}, "model.example.x.dtyp: unknown key; did you mean "
          "'dtype'?"),
-        ("compute.zzz", 1, "compute.zzz: unknown key; choose one of: device, threads"),
+        ("compute.zzz", 1, "compute.zzz: unknown key; choose one of: device, threads, workers, scheduler"),
         ("search.preset", "papr", "search.preset: unknown value 'papr'; did you mean 'paper'?"),
         ("merge.dtype", "int8", "merge.dtype: unknown value 'int8'; choose one of: same, float32, float16, bfloat16"),
         ("search.trials", "many", "search.trials: input should be a valid integer, unable to parse string as an "
@@ -137,7 +156,7 @@ NAME = "use up to 63 letters, digits, '_', '.' and '-', beginning with a letter 
         ("search.weight_range", [0, 1, 2], "search.weight_range: expected at most 2 entries, got 3"),
         ("search.weight_range", [1, 0], "search: weight_range: the lowest value must be below the highest, got 1.0 and "
          "0.0"),
-        ("search.weight_range", [-1, 1], "search: weight_range: simplex weights lie between 0 and 1, got [-1.0, 1.0]"),
+        ("search", {"weights": "simplex", "weight_range": [-1, 1]}, "search: weight_range: simplex weights lie between 0 and 1, got [-1.0, 1.0]"),
         ("search.density_range", [0, 1], "search: density_range: a density lies above 0 and at most at 1, got "
          "[0.0, 1.0]"),
         ("search.techniques", ["ties", "ties"], "search: techniques: a technique is named twice"),

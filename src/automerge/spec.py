@@ -331,6 +331,8 @@ class SearchSpec(SpecModel):
         if not isinstance(value, dict):
             return value
         preset = PRESETS.get(value.get("preset", "best"), {}) if isinstance(value.get("preset", "best"), str) else {}
+        if "weights" in value and "weight_range" not in value:
+            preset = {**preset, "weight_range": [0.0, 1.0] if value["weights"] == "simplex" else [-0.5, 1.5]}
         return {**preset, **value}
 
     @model_validator(mode="after")

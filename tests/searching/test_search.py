@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,9 @@ from automerge.merging.recipe import RecipeBlock
 from automerge.searching.search import SearchProgress, SearchResult, search
 from automerge.searching.space import SearchSpace
 from automerge.searching.store import read_trials
+from automerge.searching.workers import InProcess
 from automerge.spec import EarlyStopSpec, SearchSpec
-from tests.searching.synthetic import landscape, make_space
+from tests.searching.synthetic import evaluator, landscape, losses_objective, make_space, simplex
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,15 +32,15 @@ def run(
     spec: SearchSpec,
     references: Mapping[str, float],
     *,
-    evaluate: "object" = landscape,
+    evaluate: Callable[[Sequence[RecipeBlock]], Mapping[str, float]] = landscape,
     space: SearchSpace | None = None,
     resume: bool = False,
     seen: list[SearchProgress] | None = None,
 ) -> SearchResult:
     return search(
         space or make_space(spec),
-        evaluate,  # type: ignore[arg-type]
-        references,
+        InProcess(evaluator(evaluate)),
+        losses_objective(references),
         store_path=folder / "trials.jsonl",
         identity="test",
         resume=resume,
@@ -54,7 +55,7 @@ def outcomes(result: SearchResult) -> list[tuple[object, ...]]:
 
 def test_beats_its_initial_design_and_reports_each_trial(tmp_path: Path, references: dict[str, float]) -> None:
     seen: list[SearchProgress] = []
-    result = run(tmp_path, SearchSpec(trials=45, initial=15, seed=1), references, seen=seen)
+    result = run(tmp_path, simplex(trials=45, initial=15, seed=1), references, seen=seen)
     assert [trial.number for trial in result.trials] == list(range(45))
     assert result.stopped == "budget"
     origins = [trial.origin for trial in result.trials]
@@ -80,16 +81,17 @@ def test_the_same_seed_gives_the_same_search_whatever_the_hash_seed(
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from tests.searching.synthetic import landscape, make_space\n"
+        "from tests.searching.synthetic import evaluator, landscape, losses_objective, make_space, simplex\n"
         "from automerge.searching.search import search\n"
-        "from automerge.spec import SearchSpec\n"
-        "space = make_space(SearchSpec(trials=32, initial=10, seed=7))\n"
-        "search(space, landscape, {'low': .1, 'high': .1}, store_path=Path(sys.argv[2]), identity='x')\n"
+        "from automerge.searching.workers import InProcess\n"
+        "space = make_space(simplex(trials=32, initial=10, seed=7))\n"
+        "trials = InProcess(evaluator(landscape))\n"
+        "search(space, trials, losses_objective(), store_path=Path(sys.argv[2]), identity='x')\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "4242"}
     there = tmp_path / "there" / "trials.jsonl"
     subprocess.run([sys.executable, "-c", script, str(ROOT), str(there)], check=True, env=environment)
-    here = run(tmp_path / "here", SearchSpec(trials=32, initial=10, seed=7), references)
+    here = run(tmp_path / "here", simplex(trials=32, initial=10, seed=7), references)
     assert [(trial.config, trial.cost) for trial in read_trials(there)] == [
         (trial.config, trial.cost) for trial in here.trials
     ]
@@ -100,7 +102,7 @@ def test_resume_at_any_event_equals_the_uninterrupted_search(
     tmp_path: Path, references: dict[str, float], events: int
 ) -> None:
     """A log cut after any event (an ask in flight, a told trial, in mid-line) leads to the same trials."""
-    spec = SearchSpec(trials=32, initial=8, seed=3)
+    spec = simplex(trials=32, initial=8, seed=3)
     whole = run(tmp_path / "whole", spec, references)
     lines = (tmp_path / "whole" / "trials.jsonl").read_bytes().splitlines(keepends=True)
     cut = tmp_path / "cut"
@@ -126,36 +128,37 @@ def test_sigkill_and_resume(tmp_path: Path, references: dict[str, float]) -> Non
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from tests.searching.synthetic import landscape, make_space\n"
+        "from tests.searching.synthetic import evaluator, landscape, losses_objective, make_space, simplex\n"
         "from automerge.searching.search import search\n"
-        "from automerge.spec import SearchSpec\n"
+        "from automerge.searching.workers import InProcess\n"
         "count = 0\n"
         "def evaluate(blocks):\n"
         "    global count; count += 1\n"
         "    if count == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return landscape(blocks)\n"
-        "space = make_space(SearchSpec(trials=26, initial=8, seed=5))\n"
-        "search(space, evaluate, {'low': .1, 'high': .1}, store_path=Path(sys.argv[2]), identity='test')\n"
+        "space = make_space(simplex(trials=26, initial=8, seed=5))\n"
+        "trials = InProcess(evaluator(evaluate))\n"
+        "search(space, trials, losses_objective(), store_path=Path(sys.argv[2]), identity='test')\n"
     )
     path = tmp_path / "killed" / "trials.jsonl"
     killed = subprocess.run([sys.executable, "-c", script, str(ROOT), str(path)], check=False)
     assert killed.returncode == -signal.SIGKILL
     before = len(read_trials(path))
-    spec = SearchSpec(trials=26, initial=8, seed=5)
+    spec = simplex(trials=26, initial=8, seed=5)
     resumed = run(tmp_path / "killed", spec, references, resume=True)
     assert before >= 19
     assert outcomes(resumed) == outcomes(run(tmp_path / "whole", spec, references))
 
 
 def test_more_trials_extend_a_finished_search(tmp_path: Path, references: dict[str, float]) -> None:
-    short = run(tmp_path, SearchSpec(trials=14, initial=6, seed=2), references)
-    longer = run(tmp_path, SearchSpec(trials=18, initial=6, seed=2), references, resume=True)
+    short = run(tmp_path, simplex(trials=14, initial=6, seed=2), references)
+    longer = run(tmp_path, simplex(trials=18, initial=6, seed=2), references, resume=True)
     assert outcomes(longer)[:14] == outcomes(short)
     assert len(longer.trials) == 18
 
 
 def test_a_finished_search_is_not_replayed(tmp_path: Path, references: dict[str, float]) -> None:
-    spec = SearchSpec(trials=10, initial=5, seed=2)
+    spec = simplex(trials=10, initial=5, seed=2)
     first = run(tmp_path, spec, references)
 
     def never(blocks: Sequence[RecipeBlock]) -> Mapping[str, float]:
@@ -165,11 +168,11 @@ def test_a_finished_search_is_not_replayed(tmp_path: Path, references: dict[str,
 
 
 def test_refuses_the_log_of_another_search(tmp_path: Path, references: dict[str, float]) -> None:
-    run(tmp_path, SearchSpec(trials=6, initial=4, seed=2), references)
+    run(tmp_path, simplex(trials=6, initial=4, seed=2), references)
     with pytest.raises(SearchError, match="belongs to another search"):
-        run(tmp_path, SearchSpec(trials=6, initial=4, seed=3), references, resume=True)
+        run(tmp_path, simplex(trials=6, initial=4, seed=3), references, resume=True)
     with pytest.raises(SearchError, match="--resume"):
-        run(tmp_path, SearchSpec(trials=6, initial=4, seed=2), references)
+        run(tmp_path, simplex(trials=6, initial=4, seed=2), references)
 
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path, references: dict[str, float]) -> None:
@@ -182,7 +185,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path, refer
             raise MemoryError
         return landscape(blocks)
 
-    result = run(tmp_path, SearchSpec(trials=30, initial=12, seed=0), references, evaluate=fails_for_dare)
+    result = run(tmp_path, simplex(trials=30, initial=12, seed=0), references, evaluate=fails_for_dare)
     failed = [trial for trial in result.trials if trial.status == "failed"]
     assert len(result.trials) == 30
     assert failed and all(trial.error and trial.objective is None for trial in failed)
@@ -197,11 +200,11 @@ def test_a_search_in_which_everything_fails_stops_early_and_says_why(
         raise MergeError("tensor 'w': overflow")
 
     with pytest.raises(SearchError, match=r"all 6 trials failed.*overflow"):
-        run(tmp_path, SearchSpec(trials=100, initial=6), references, evaluate=fails)
+        run(tmp_path, simplex(trials=100, initial=6), references, evaluate=fails)
 
 
 def test_early_stop(tmp_path: Path, references: dict[str, float]) -> None:
-    spec = SearchSpec(trials=60, initial=6, early_stop=EarlyStopSpec(patience=5))
+    spec = simplex(trials=60, initial=6, early_stop=EarlyStopSpec(patience=5))
     result = run(tmp_path, spec, references, evaluate=lambda blocks: {"low": 1.0, "high": 1.0})
     assert result.stopped == "plateau"
     assert len(result.trials) == 6
@@ -215,7 +218,7 @@ def test_equal_recipes_are_evaluated_once(tmp_path: Path, references: dict[str, 
         counted.append(blocks)
         return landscape([block.model_copy(update={"technique": "linear"}) for block in blocks])
 
-    spec = SearchSpec(trials=20, initial=10, techniques=["linear", "task_arithmetic"], weight_range=[0.0, 1.0])
+    spec = simplex(trials=20, initial=10, techniques=["linear", "task_arithmetic"], weight_range=[0.0, 1.0])
     result = run(tmp_path, spec, references, evaluate=counting, space=make_space(spec, blocks=1))
     assert len(counted) == sum(trial.status == "ok" for trial in result.trials)
 
@@ -224,7 +227,7 @@ def test_an_interrupt_before_any_trial_succeeded_is_one(tmp_path: Path, referenc
     def interrupted(blocks: Sequence[RecipeBlock]) -> Mapping[str, float]:
         raise KeyboardInterrupt
 
-    spec = SearchSpec(trials=8, initial=6, seed=4)
+    spec = simplex(trials=8, initial=6, seed=4)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", spec, references, evaluate=interrupted)
     resumed = run(tmp_path / "a", spec, references, resume=True)
@@ -241,7 +244,7 @@ def test_interrupt_keeps_everything(tmp_path: Path, references: dict[str, float]
             raise KeyboardInterrupt
         return landscape(blocks)
 
-    spec = SearchSpec(trials=14, initial=6, seed=4)
+    spec = simplex(trials=14, initial=6, seed=4)
     stopped = run(tmp_path / "a", spec, references, evaluate=interrupted)
     assert stopped.stopped == "interrupted"
     assert len(stopped.trials) == 8

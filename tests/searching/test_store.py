@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from automerge.errors import SearchError
 from automerge.searching.store import Ask, Header, Tell, TrialStore, read_log, read_trials
 from automerge.searching.trial import Trial
+from tests.searching.synthetic import losses_objective
 
 HEADER = Header(
-    identity="this search", hardware="this machine", reference_losses={"low": 0.1, "high": 1 / 3}, epsilon=0.001
+    identity="this search", hardware="this machine", objective=losses_objective({"low": 0.1, "high": 1 / 3})
 )
 
 
@@ -134,13 +135,13 @@ def test_what_was_appended_survives_sigkill(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from automerge.searching.store import Ask, Header, TrialStore\n"
-        "header = Header(identity='x', hardware='y', reference_losses={}, epsilon=0)\n"
+        "header = Header.model_validate_json(sys.argv[2])\n"
         "store = TrialStore.create(Path(sys.argv[1]), header)\n"
         "store.append(Ask(number=0, origin='sobol', config={'w': 0.1}))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = tmp_path / "trials.jsonl"
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    killed = subprocess.run([sys.executable, "-c", script, str(path), HEADER.model_dump_json()], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert read_log(path)[1] == [Ask(number=0, origin="sobol", config={"w": 0.1})]
 
@@ -203,9 +204,9 @@ def test_a_log_without_a_whole_header_is_refused(path: Path, content: bytes) -> 
 
 def test_a_log_of_a_later_format_is_refused(path: Path) -> None:
     lines = path.read_bytes().split(b"\n")
-    lines[0] = json.dumps({**json.loads(lines[0]), "version": 2}).encode()
+    lines[0] = json.dumps({**json.loads(lines[0]), "version": 3}).encode()
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(SearchError, match="line 1 is damaged"):
+    with pytest.raises(SearchError, match="is of version 3, and this release reads version 2"):
         read_log(path)
 
 
@@ -237,7 +238,7 @@ def test_nothing_but_the_log_is_left_in_the_folder(path: Path) -> None:
 
 def test_two_processes_cannot_search_in_one_folder(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
-    header = Header(identity="same", hardware="", reference_losses={}, epsilon=0.0)
+    header = Header(identity="same", hardware="", objective=losses_objective())
     first = TrialStore.create(path, header)
     with pytest.raises(SearchError, match="another process is searching here"):
         TrialStore.resume(path, "same")

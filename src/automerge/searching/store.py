@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -21,6 +21,10 @@ from automerge.errors import SearchError
 from automerge.searching.objective import Objective
 from automerge.searching.trial import Trial
 from automerge.tasks.task import Ratio, Scores, Transform
+
+
+VERSION: Final = 2
+"""Of the log's format."""
 
 
 class StoredRatio(Model):
@@ -77,7 +81,7 @@ class Header(Model):
 
     event: Literal["header"] = "header"
     format: Literal["automerge/trials"] = "automerge/trials"
-    version: Literal[2] = 2
+    version: Literal[2] = VERSION
     identity: str = Field(description="Digest of all that shapes the search: spec, segmentation, inputs.")
     hardware: str = Field(description="Device and threads; elsewhere the last digits of a loss may differ.")
     objective: Objective = Field(description="The objective, with the specialists' figures that it refers to.")
@@ -222,6 +226,7 @@ def read_log(path: Path) -> tuple[Header, list[Event], int]:
         try:
             value = json.loads(line)
             if number == 1:
+                _refuse_other_format(path, value)
                 header = Header.model_validate(value)
             else:
                 events.append(_EVENTS[value["event"]].model_validate(value))
@@ -231,6 +236,15 @@ def read_log(path: Path) -> tuple[Header, list[Event], int]:
     if header is None:
         raise SearchError(f"{path}: has no header", "start in another folder")
     return header, events, length
+
+
+def _refuse_other_format(path: Path, header: object) -> None:
+    version = header.get("version") if isinstance(header, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise SearchError(
+            f"{path}: is of version {version}, and this release reads version {VERSION}",
+            "go on with the release that began the search, or start in another folder",
+        )
 
 
 def _whole_lines(content: bytes) -> Iterator[bytes]:
