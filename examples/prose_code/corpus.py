@@ -54,7 +54,7 @@ BUILT = ("_sysconfigdata", "config-")
 def corpus() -> Mapping[str, Mapping[str, list[str]]]:
     """The pieces of text of each document, by domain and name; see ``pieces``.
 
-    The name of a module is its path, that of a topic ends in ``(topic)``. Documents without text are left out. This takes
+    The name of a module is its path, that of a topic ends in ``(topic)``. Documents without text are left out. Takes
     some seconds, once in a process.
 
     Raises:

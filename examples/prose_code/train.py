@@ -32,7 +32,7 @@ from prose_code.corpus import DOMAINS, RUN, corpus
 from prose_code.gpt import VOCABULARY, build
 
 # Nats a token, and steps: what the base's validation loss must have fallen by, and how often it is looked at.
-LEAST_PROGRESS = 0.01
+LEAST_PROGRESS = 0.02
 INTERVAL = 50
 
 # Steps in which a learning rate rises from zero: the first steps of AdamW are as long as all others, and blind.
@@ -181,10 +181,10 @@ def prepare(
     width: int = 64,
     depth: int = 2,
     heads: int = 4,
-    base_steps: int = 1000,
-    cooldown_steps: int = 250,
+    base_steps: int = 1500,
+    cooldown_steps: int = 200,
     base_learning_rate: float = 6e-3,
-    patience: int = 4,
+    patience: int = 3,
     specialist_steps: int = 400,
     specialist_learning_rate: float = 8e-3,
     batch_size: int = 32,
