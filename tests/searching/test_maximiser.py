@@ -27,12 +27,11 @@ from hypothesis import strategies as st
 from smac import HyperparameterOptimizationFacade, Scenario
 from smac.acquisition.function import EI
 from smac.acquisition.function.abstract_acquisition_function import AbstractAcquisitionFunction
-from smac.model.random_forest import RandomForest
 
 from automerge.errors import SearchError
 from automerge.searching.maximiser import POOL, VectorisedMaximiser, _best
-from automerge.searching.optimiser import MAX_LEAVES, TREES
-from automerge.searching.trial import harmonic_mean
+from automerge.searching.objective import harmonic_mean
+from automerge.searching.surrogate import Forest
 from automerge.spec import SearchSpec
 from tests.searching.synthetic import landscape, make_space
 
@@ -102,6 +101,8 @@ def test_every_point_is_legal_best_first_and_unique(seed: int) -> None:
         assert np.nanmin(points) >= 0
         kinds = points[:, list(space).index("kind")]
         assert np.isin(kinds, [0, 1, 2]).all()
+        assert np.isin(8 * points[kinds == 1, list(space).index("depth")], np.arange(9)).all(), "integers from 1 to 9"
+        assert np.isin(4 * points[:, list(space).index("rank")], np.arange(5)).all(), "integers from 0 to 4"
         numbers = np.delete(points, list(space).index("kind"), axis=1)
         assert np.nanmax(numbers) <= 1
         assert (np.isnan(points[:, list(space).index("depth")]) == (kinds != 1)).all()
@@ -138,6 +139,26 @@ def test_a_known_good_point_is_climbed_from() -> None:
     start = float(known.function(near.get_array()[np.newaxis])[0])
     value, _ = search._maximize([near], 1)[0]
     assert value > start / 3
+
+
+def test_integers_are_climbed() -> None:
+    """Twelve integers of three values and one of a thousand: random points alone would not find the best."""
+    space = ConfigurationSpace(seed=0)
+    space.add(*(Integer(f"x{index:02}", (0, 2)) for index in range(12)), Integer("x12", (1, 1000)))
+    target = np.array([0.5] * 12 + [0.3])
+    _, best = maximiser(space, lambda points: -np.abs(points - target).sum(axis=1))[0]._maximize([], 1)[0]
+    assert [best[f"x{index:02}"] for index in range(12)] == [1] * 12
+    assert best["x12"] == pytest.approx(300, abs=10)
+
+
+def test_all_points_of_a_small_space_of_integers_are_found_and_no_old_one_is_handed_over() -> None:
+    space = ConfigurationSpace(seed=0)
+    space.add(Integer("rank", (1, 3)), Integer("depth", (0, 4)))
+    search, _ = maximiser(space, active_parts(space))
+    known = [Configuration(space, values={"rank": rank, "depth": depth}) for rank in (1, 2) for depth in range(5)]
+    found = [dict(config) for _, config in search._maximize(known, 1)]
+    assert sorted(config["depth"] for config in found) == [0, 1, 2, 3, 4]
+    assert {config["rank"] for config in found} == {3}
 
 
 def test_undefined_values_lose() -> None:
@@ -185,7 +206,7 @@ def test_spaces_of_another_kind_are_refused() -> None:
 
 def trained_acquisition(seed: int) -> tuple[ConfigurationSpace, EI, list[Configuration]]:
     """Log expected improvement over a forest on 80 points of a search of three blocks and five techniques."""
-    search_space = make_space(SearchSpec())
+    search_space = make_space(SearchSpec(preset="paper"))
     space = search_space.configuration_space(seed)
     points = space.sample_configuration(80)
     costs = []
@@ -193,7 +214,7 @@ def trained_acquisition(seed: int) -> tuple[ConfigurationSpace, EI, list[Configu
         losses = landscape(search_space.recipe_blocks(dict(point)))
         costs.append(1 / harmonic_mean({task: 0.1 / loss for task, loss in losses.items()}))
     arrays = np.array([point.get_array() for point in points])
-    forest = RandomForest(space, log_y=True, n_trees=TREES, ratio_features=1.0, max_leaf_nodes=MAX_LEAVES, seed=seed)
+    forest = Forest(space, seed)
     forest.train(arrays, np.log(costs)[:, np.newaxis])
     acquisition = EI(log=True)
     acquisition.update(model=forest, eta=float(forest.predict_marginalized(arrays)[0].min()))

@@ -5,8 +5,8 @@ second a trial. Here a generation of candidates is one array and its acquisition
 points over the whole space, and one-exchange neighbours (Hutter, Hoos and Leyton-Brown, LION 2011) of the best points,
 from which the search climbs for as long as a generation brings a better one. Only the winners become configurations.
 
-Points are encoded as ConfigSpace encodes them: a float as its place in [0, 1] of its range, a categorical as its
-choice's index, and an inactive conditional as NaN.
+Points are encoded as ConfigSpace encodes them: a float or an integer as its place in [0, 1] of its range, a categorical
+as its choice's index, and an inactive conditional as NaN.
 """
 
 from dataclasses import dataclass
@@ -66,10 +66,13 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
         hyperparameters = list(configspace.values())
         self._index = {hyperparameter.name: index for index, hyperparameter in enumerate(hyperparameters)}
         self._choices = np.zeros(len(hyperparameters), dtype=np.int64)  # 0: not categorical
+        self._integers: dict[int, UniformIntegerHyperparameter] = {}
         for index, hyperparameter in enumerate(hyperparameters):
             if isinstance(hyperparameter, CategoricalHyperparameter):
                 self._choices[index] = len(hyperparameter.choices)
-            elif not isinstance(hyperparameter, UniformFloatHyperparameter | UniformIntegerHyperparameter):
+            elif isinstance(hyperparameter, UniformIntegerHyperparameter):
+                self._integers[index] = hyperparameter
+            elif not isinstance(hyperparameter, UniformFloatHyperparameter):
                 raise SearchError(
                     f"the space's {hyperparameter.name!r} is of no kind that can be searched", "report it"
                 )
@@ -101,8 +104,8 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
                 break
         # A point that SMAC has to pass over would cost another chance of a random proposal. Where none is new, the
         # space is a small one that is exhausted, which SMAC finds out from the old ones.
-        known = {_key(point) for point in seen}
-        new = np.array([_key(point) not in known for point in points])
+        known = set(_keys(np.array(seen)))
+        new = np.array([key not in known for key in _keys(points)])
         kept = new if new.any() else ~new
         found = []
         for point, value in zip(points[kept], values[kept], strict=True):
@@ -118,7 +121,7 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 
     def _random(self, count: int) -> Array:
         """Points drawn uniformly: [count, hyperparameters]."""
-        return self._deactivated(self._random_values(count))
+        return self._legal(self._random_values(count))
 
     def _neighbours(self, starts: Array) -> Array:
         """All points that differ from a start in one active hyperparameter (and what it activates)."""
@@ -137,12 +140,15 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
                     changed[:, index] = (changed[:, index] + step) % choices
                     found.append(changed)
                 continue
+            # To the next integer, where it is farther than a float would go.
+            least = 1 / (self._integers[index].size - 1) if index in self._integers else 0.0
             for deviation in STEPS:
                 for _ in range(NEIGHBOURS):
                     changed = base.copy()
-                    changed[:, index] = np.clip(changed[:, index] + self._rng.normal(0, deviation, len(base)), 0, 1)
+                    move = self._rng.normal(0, max(deviation, least), len(base))
+                    changed[:, index] = np.clip(changed[:, index] + move, 0, 1)
                     found.append(changed)
-        return self._deactivated(np.concatenate(found))
+        return self._legal(np.concatenate(found))
 
     def _random_values(self, count: int) -> Array:
         values: Array = self._rng.random_sample((count, len(self._choices)))
@@ -150,8 +156,10 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
         values[:, categorical] = np.floor(values[:, categorical] * self._choices[categorical])
         return values
 
-    def _deactivated(self, points: Array) -> Array:
-        """The points with every conditional whose condition does not hold set to NaN."""
+    def _legal(self, points: Array) -> Array:
+        """The points with integers where they can be, and with NaN where a conditional's condition does not hold."""
+        for index, integer in self._integers.items():
+            points[:, index] = integer.to_vector(integer.to_value(points[:, index]))
         for each in self._conditionals:
             parent = points[:, each.parent]
             holds = ~np.isnan(parent)
@@ -162,11 +170,18 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 
 def _best(points: Array, values: Array, count: int) -> tuple[Array, Array]:
     """The points of highest value without repetitions, best first; of equals, the earliest."""
-    order = np.argsort(-values, kind="stable")
-    _, first = np.unique(np.nan_to_num(points[order], nan=-1.0), axis=0, return_index=True)
-    kept = order[np.sort(first)][:count]
+    kept: list[int] = []
+    known: set[bytes] = set()
+    keys = _keys(points)
+    for index in np.argsort(-values, kind="stable"):
+        if keys[index] not in known:
+            known.add(keys[index])
+            kept.append(index)
+            if len(kept) == count:
+                break
     return points[kept], values[kept]
 
 
-def _key(point: Array) -> bytes:
-    return np.nan_to_num(point, nan=-1.0).tobytes()
+def _keys(points: Array) -> list[bytes]:
+    """What equal points have in common."""
+    return [point.tobytes() for point in np.where(np.isnan(points), -1.0, points)]

@@ -4,42 +4,53 @@ A random-forest surrogate on log-transformed costs, log expected improvement, re
 an initial design of Sobol points: the protocol of arXiv 2601.22748. SMAC (Lindauer et al., JMLR 2022) also proposes
 about one point in five at random, which the paper leaves open; we keep SMAC's share.
 
-We differ from SMAC's defaults in three places, none of which the paper fixes. The forest's trees are bounded (its
-default preallocates 2^21 nodes a tree, which costs a second a trial and changes no proposal). The acquisition function
-is maximised on arrays (:mod:`automerge.searching.maximiser`), which also frees a search from the order of a set that
-makes SMAC's own diverge between processes. And the best predicted cost, the threshold of the expected improvement, is
-one call of the forest instead of one for each observation.
+We differ from SMAC's defaults in what the paper does not fix. The acquisition function is maximised on arrays
+(:mod:`automerge.searching.maximiser`), which also frees a search from the order of a set that makes SMAC's own diverge
+between processes. The forest is SMAC's, at less cost (:mod:`automerge.searching.surrogate`). SMAC's races between
+configurations, for which costs that are measured once have no use, are left out.
+
+**Several points at once.** A point that was asked for and not yet told is pending. The surrogate is told a lie about
+it, the same for all: the *constant liar* of Ginsbourger, Le Riche and Carraro (Kriging is well-suited to parallelize
+optimization, 2010). So the expected improvement falls around pending points, and proposals spread. The lie is the worst
+cost of a point that did not fail.
+
+**Several objectives.** ParEGO (Knowles, IEEE Transactions on Evolutionary Computation 10(1), 2006) as SMAC has it:
+before each proposal the objectives, each scaled to [0, 1], become one by the augmented Tchebycheff function, with
+weights drawn at random.
 """
 
 import logging
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from ConfigSpace import Configuration, ConfigurationSpace
 from smac import HyperparameterOptimizationFacade, Scenario
 from smac.initial_design import AbstractInitialDesign
+from smac.intensifier.abstract_intensifier import AbstractIntensifier
 from smac.main.config_selector import ConfigSelector
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
-from smac.model.random_forest import RandomForest
+from smac.multi_objective.parego import ParEGO
 from smac.runhistory import StatusType, TrialInfo, TrialValue
 
 from automerge.errors import SearchError
 from automerge.searching.maximiser import VectorisedMaximiser
+from automerge.searching.surrogate import Forest
 
-TREES = 10
-"""Trees of the forest: SMAC's default for this facade."""
-
-MAX_LEAVES = 1024
-"""Leaves a tree may have: more than the observations of any search we run, so that no split is lost."""
+TRIES = 16
+"""Proposals looked at for one that is new, and random points after them, before a space counts as exhausted: SMAC's."""
 
 
 class Optimiser:
     """Proposes points by ``ask`` and learns from ``tell``.
 
-    The same space, seed, warm starts and sequence of calls give the same points, in any process.
+    The same space, seed, warm starts and sequence of calls give the same points, in any process. Any number of points
+    may be pending, and they may be told in any order.
 
     Args:
         space: the search space.
@@ -47,6 +58,7 @@ class Optimiser:
         initial: Sobol points before the surrogate is used.
         warm_starts: points with their origin, asked for before the Sobol points.
         seed: of everything random.
+        objectives: the names of two or more objectives, each of which has a cost; none for a single cost.
     """
 
     def __init__(
@@ -57,41 +69,35 @@ class Optimiser:
         initial: int,
         warm_starts: Sequence[tuple[str, Mapping[str, Any]]],
         seed: int,
+        objectives: Sequence[str] = (),
     ) -> None:
         for name in ("smac", "ConfigSpace"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        self._space = space
+        self._objectives = tuple(objectives)
         self._infos: dict[int, TrialInfo] = {}
         self._asked = 0
         self._warm = [(origin, Configuration(space, values=dict(values))) for origin, values in warm_starts]
         # SMAC insists on a folder; nothing of value is kept there: our trial store is the record.
         self._folder = tempfile.TemporaryDirectory(prefix="automerge-optimiser-")
+        several = len(self._objectives) > 1
         scenario = Scenario(
             space,
             deterministic=True,
             n_trials=max(trials, 1),
             seed=seed,
             output_directory=Path(self._folder.name),
-            crash_cost=1.0,
+            objectives=list(self._objectives) if several else "cost",
+            crash_cost=[1.0] * len(self._objectives) if several else 1.0,  # SMAC asks for it; what is told counts
         )
         design = HyperparameterOptimizationFacade.get_initial_design(scenario, n_configs=initial, max_ratio=1.0)
         self._smac = HyperparameterOptimizationFacade(
             scenario,
-            _never_called,
             initial_design=_WarmDesign(scenario, [config for _, config in self._warm], design),
-            model=RandomForest(
-                space,
-                log_y=True,
-                n_trees=TREES,
-                ratio_features=1.0,
-                min_samples_split=2,
-                min_samples_leaf=1,
-                max_leaf_nodes=MAX_LEAVES,
-                n_jobs=1,
-                seed=seed,
-            ),
+            model=Forest(space, seed),
             acquisition_maximizer=VectorisedMaximiser(space, seed),
-            config_selector=_Selector(scenario, retrain_after=1),
+            config_selector=_Selector(scenario, retrain_after=1, max_new_config_tries=TRIES),
+            intensifier=_OnceEach(scenario),
+            multi_objective_algorithm=ParEGO(scenario) if several else None,
             logging_level=False,
             overwrite=True,
         )
@@ -110,10 +116,30 @@ class Optimiser:
         self._infos[number] = info
         return number, self._origin(info.config), {key: _plain(value) for key, value in dict(info.config).items()}
 
-    def tell(self, number: int, cost: float, *, failed: bool = False) -> None:
-        """Report the cost of a point that was asked for; a failed one is not proposed again."""
+    def tell(self, number: int, cost: float | Sequence[float], *, failed: bool = False) -> None:
+        """Report the cost of a point that was asked for; a failed one is not proposed again.
+
+        Args:
+            number: the point's.
+            cost: the cost, or one for each of several objectives, in their order. A failed point may have one for all.
+            failed: whether the point could not be evaluated, so that its cost is a penalty.
+
+        Raises:
+            SearchError: the point is not pending, or the cost is not finite or not one for each objective.
+        """
+        costs = [float(each) for each in cost] if isinstance(cost, Sequence) else [float(cost)]
+        expected = max(1, len(self._objectives))
+        if failed and len(costs) == 1:
+            costs *= expected
+        if len(costs) != expected or not all(math.isfinite(each) for each in costs):
+            raise SearchError(
+                f"trial {number} is told with the cost {cost}, which is not {expected} finite numbers", "report it"
+            )
+        if number not in self._infos:
+            raise SearchError(f"trial {number} is told, but it is not pending", "report it")
         status = StatusType.CRASHED if failed else StatusType.SUCCESS
-        self._smac.tell(self._infos.pop(number), TrialValue(cost=cost, status=status), save=False)
+        value = TrialValue(cost=costs if expected > 1 else costs[0], status=status)
+        self._smac.tell(self._infos.pop(number), value, save=False)
 
     def close(self) -> None:
         """Remove what SMAC wrote."""
@@ -149,16 +175,78 @@ class _WarmDesign(AbstractInitialDesign):  # type: ignore[misc]
 
 
 class _Selector(ConfigSelector):  # type: ignore[misc]
-    """SMAC's selector of configurations, with the best predicted cost found by one call of the forest."""
+    """What SMAC's selector does when it retrains after every configuration, with a lie for each pending trial."""
 
-    def _get_x_best(self, X: Any) -> tuple[Any, float]:  # noqa: N803 - SMAC's name
-        costs = self._model.predict_marginalized(X)[0].reshape(-1)
-        best = int(np.argmin(costs))
-        return X[best], float(costs[best])
+    def __iter__(self) -> Iterator[Configuration]:
+        known: set[Configuration] = set()
+        for config in self._initial_design_configs:
+            if config not in known:
+                known.add(config)
+                yield config
+        while True:
+            self._retrain()
+            config = self._next(known)
+            known.add(config)
+            yield config
+
+    def _retrain(self) -> None:
+        """Train the surrogate on the costs that were told and on the lies."""
+        if (scalarisation := self._runhistory_encoder.multi_objective_algorithm) is not None:
+            scalarisation.update_on_iteration_start()
+        told, costs = self._runhistory_encoder.transform(budget_subset=[None])
+        costs = costs.reshape(-1, 1)  # where none is told SMAC has a column for each objective
+        points = told
+        pending = self._runhistory.get_running_trials()
+        if pending:
+            points = np.concatenate([told, [trial.config.get_array() for trial in pending]])
+            costs = np.concatenate([costs, np.full((len(pending), 1), self._lie(costs))])
+        self._model.train(points, costs)
+        # The best predicted cost is the threshold of the expected improvement; a lie can be no threshold.
+        threshold = self._model.predict_marginalized(told if len(told) else points)[0].min()
+        self._acquisition_function.update(model=self._model, eta=float(threshold))
+
+    def _lie(self, costs: npt.NDArray[np.float64]) -> float:
+        """The worst cost of those that are no penalty, as the surrogate sees it; 0 where nothing was told."""
+        statuses = [value.status for value in self._runhistory.values() if value.status != StatusType.RUNNING]
+        succeeded = costs[np.array(statuses, dtype=np.int64) == StatusType.SUCCESS]
+        return float((succeeded if len(succeeded) else costs).max()) if len(costs) else 0.0
+
+    def _next(self, known: set[Configuration]) -> Configuration:
+        """The first of the proposals that is new; some proposals are random ones."""
+        proposals = self._acquisition_maximizer.maximize(
+            self._runhistory.get_configs(), random_design=self._random_design
+        )
+        for config in islice(proposals, TRIES):
+            if config not in known:
+                return config
+        for _ in range(TRIES):
+            config = self._scenario.configspace.sample_configuration()
+            if config not in known:
+                config.origin = "Random Search"
+                return config
+        raise ConfigurationSpaceExhaustedException
 
 
-def _never_called(config: Configuration, seed: int = 0) -> float:
-    raise AssertionError("the loop is driven by ask and tell")
+class _OnceEach(AbstractIntensifier):  # type: ignore[misc]
+    """One trial for each configuration."""
+
+    uses_seeds = True
+    uses_budgets = False
+    uses_instances = False
+    uses_cutoffs = False
+
+    def __iter__(self) -> Iterator[TrialInfo]:
+        for config in self.config_generator:
+            yield TrialInfo(config, seed=self._seed)
+
+    def update_incumbents(self, config: Configuration) -> None:
+        """Nothing: SMAC's incumbents are not used, the search knows its best trial itself."""
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        raise AssertionError("a search is resumed from its own log")
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What a search's own arithmetic costs, beside SMAC as it comes."""
