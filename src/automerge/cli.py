@@ -194,11 +194,22 @@ def search(spec: Path, output: Path | None, resume: bool) -> None:
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="A recipe instead of the one that the search of this run found."
 )
-def merge(spec: Path, output: Path | None, recipe: Path | None) -> None:
+@click.option(
+    "--point",
+    type=click.IntRange(min=0),
+    metavar="TRIAL",
+    help="A point of the Pareto front (search/front.json), by its trial; it becomes the recipe of this run.",
+)
+def merge(spec: Path, output: Path | None, recipe: Path | None, point: int | None) -> None:
     """Write the merged checkpoint that a recipe describes; needs no data."""
+    from automerge.stages.front import choose_point
     from automerge.stages.merge import merge as stage
 
+    if recipe is not None and point is not None:
+        raise click.UsageError("--recipe and --point exclude each other")
     loaded, run = _begin(spec, output)
+    if point is not None:
+        choose_point(run / "search", point)
     merged = stage(loaded, run / "fetch", recipe or run / "search" / "recipe.json", run / "merge")
     click.echo(f"merged {merged.parameter_count:,} parameters into {run / 'merge'} (digest {merged.weights[:16]})")
 

@@ -187,7 +187,10 @@ class RefineSpec(SpecModel):
     granularity: Literal["block", "layer", "tensor"] = Field(
         default="tensor", description="What has weights of its own."
     )
-    steps: int = Field(default=150, ge=1, description="Most steps from each start.")
+    steps: int = Field(default=300, ge=1, description="Most steps from each start.")
+    batch_size: int = Field(
+        default=32, ge=1, description="Samples of each task in a step; at most the task's own size."
+    )
     learning_rate: float = Field(default=0.03, gt=0, description="Of Adam, in units of a weight.")
     starts: int = Field(
         default=2, ge=1, description="Recipes to start from: the best trials, and the average among them."
@@ -198,7 +201,7 @@ class RefineSpec(SpecModel):
     pull: float = Field(
         default=0.01, ge=0, description="Cost of a mean squared distance of 1 from the start's weights."
     )
-    patience: int = Field(default=5, ge=1, description="Checks without an improvement after which a start ends.")
+    patience: int = Field(default=8, ge=1, description="Checks without an improvement after which a start ends.")
 
 
 class FidelitySpec(SpecModel):

@@ -30,6 +30,7 @@ def measure(loss: float, top1: float = 0.9, soft: float | None = 0.8, calibrated
 
 def objective(name: str, aggregate: str = "harmonic", **changes: object) -> Objective:
     reference = {"specialist": measure(0.2), "nothing": 1.6, "higher_is_better": {"top1": True}, "samples": 100}
+    reference["stand_ins"] = {"top1": "soft"}
     return Objective.model_validate(
         {
             "name": name,
@@ -120,14 +121,29 @@ def test_a_loss_of_zero_needs_an_epsilon() -> None:
     [
         ("gap", {"nothing": 0.1}, r"loss 0.2 is not below the reference loss 0.1, .*'gap' is undefined"),
         ("gap", {"nothing": None}, r"missing reference"),
-        ("metric", {"higher_is_better": {}}, r"no better than a guess in any metric .*'metric' is undefined"),
-        ("soft_metric", {"specialist": measure(0.2, soft=0.0)}, r"no probability"),
+        ("metric", {"stand_ins": {}}, r"no better than a guess in any metric .*'metric' is undefined"),
+        ("soft_metric", {"specialist": measure(0.2, soft=0.0)}, r"has nothing of 'top1' .*'soft_metric' is undefined"),
         ("loss_ratio", {"specialist": measure(0.0)}, r"set search.epsilon"),
     ],
 )
 def test_undefined_references_are_refused(name: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(SearchError, match=f"task 'low': .*{message}"):
         objective(name, **changes).check()
+
+
+def test_what_stands_in_for_a_perplexity_is_the_loss() -> None:
+    reference = {"specialist": Measure(loss=1.0, metrics={}, soft=0.5), "higher_is_better": {}}
+    stand_ins = {"token_accuracy": "soft", "perplexity": "perplexity"}
+    found = Objective(
+        name="soft_metric", tasks={"t": TaskReference.model_validate({**reference, "stand_ins": stand_ins})}
+    )
+    kept = found.preservation({"t": Measure(loss=1.5, soft=0.4)})["t"]
+    assert kept == pytest.approx((0.8 + math.exp(-0.5)) / 2)
+    loss, soft = torch.tensor(1.5, requires_grad=True), torch.tensor(0.4, requires_grad=True)
+    cost = found.loss("t", loss, soft)
+    assert cost.item() == pytest.approx(2 - kept)
+    slopes = torch.autograd.grad(cost, [loss, soft])
+    assert [slope.item() for slope in slopes] == pytest.approx([math.exp(-0.5) / 2, -1.0])
 
 
 def test_a_lower_is_better_metric_enters_inverted() -> None:
@@ -192,7 +208,7 @@ def test_the_differentiable_loss_falls_where_preservation_rises(name: str) -> No
     loss = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     soft = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     cost = found.loss("low", loss, soft)
-    assert float(cost) == pytest.approx(1.0)
+    assert cost.item() == pytest.approx(1.0)
     slopes = torch.autograd.grad(cost, [loss, soft], allow_unused=True)
     assert [slope is not None for slope in slopes] == [name in ("loss_ratio", "gap"), name in ("soft_metric", "metric")]
     if slopes[0] is not None:

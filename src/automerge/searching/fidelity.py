@@ -48,7 +48,7 @@ CHUNK = 4
 CERTAIN = 4
 """One in so many rows of the first slice is one on which the incumbent does worst."""
 
-PRIOR = 2.0
+PRIOR = 3.0
 """Samples that the incumbent's own spread counts as, where the spread of the differences is estimated."""
 
 STEP = 1e-5
@@ -258,7 +258,7 @@ class Race:
         count = len(scores)
         weights = self._weights(task, count)
         found: dict[str, tuple[float, float, float]] = {}
-        for name, trial in _columns(self.objective, task, scores).items():
+        for name, trial in self.objective.columns(task, scores).items():
             whole = self.columns[task][name]
             trial_sum = float(weights @ trial.denominator)
             incumbent_sum = float(weights @ whole.denominator[:count])
@@ -278,7 +278,7 @@ class Race:
         count = len(scores)
         value = 0.0
         influence = np.zeros(count)
-        for name, trial in _columns(self.objective, task, scores).items():
+        for name, trial in self.objective.columns(task, scores).items():
             whole, slope = self.columns[task][name], self.slopes[task][name]
             trial_ratio, incumbent_ratio, trial_mean = differences[name]
             value += slope * (trial_ratio - incumbent_ratio)
@@ -332,7 +332,7 @@ def make_race(slices: Slices, objective: Objective, incumbent: Mapping[str, Scor
     columns: dict[str, dict[str, Ratio]] = {}
     spreads: dict[str, float] = {}
     for task, order in slices.orders.items():
-        whole = _columns(objective, task, incumbent[task])
+        whole = objective.columns(task, incumbent[task])
         for name, column in whole.items():
             if column.transform == "exp":
                 slopes[task][name] *= column.value
@@ -374,20 +374,15 @@ def cost_slopes(objective: Objective, measures: Mapping[str, Measure]) -> dict[s
     return slopes
 
 
-def _columns(objective: Objective, task: str, scores: Scores) -> dict[str, Ratio]:
-    """The columns that decide on a task, by figure: all of them, where `Objective.column` names the first."""
-    if objective.name == "metric":
-        return {name: scores.metrics[name] for name in objective.tasks[task].higher_is_better}
-    return {"soft" if objective.name == "soft_metric" else "loss": objective.column(scores, task)}
-
-
 def _figures(objective: Objective, task: str, measure: Measure) -> dict[str, float]:
-    """The figures of these columns."""
+    """The figures of the columns that decide on a task."""
     if objective.name == "metric":
         return {name: measure.metrics[name] for name in objective.tasks[task].higher_is_better}
-    if objective.name == "soft_metric":
-        return {} if measure.soft is None else {"soft": measure.soft}
-    return {"loss": measure.loss}
+    if objective.name != "soft_metric":
+        return {"loss": measure.loss}
+    kinds = set(objective.tasks[task].stand_ins.values())
+    found = {"soft": measure.soft} if "soft" in kinds and measure.soft is not None else {}
+    return found | ({"loss": measure.loss} if kinds - {"soft"} else {})
 
 
 def _with_figures(objective: Objective, measure: Measure, figures: Mapping[str, float]) -> Measure:

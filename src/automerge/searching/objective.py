@@ -14,8 +14,9 @@ where something is lost. By the name of the objective, CP is
     recipes with equal metrics are worth is settled by their calibrated loss (that of the best temperature, Guo et al.,
     https://arxiv.org/abs/1706.04599), in units smaller than one sample.
 ``soft_metric``
-    P_m / P_s, with the mean probability P of the right answer: differentiable, and as smooth as a loss, but an answer
-    that is lost costs the same however sure the specialist was of it.
+    the same of differentiable stand-ins of the metrics: the mean probability of the right answer for an accuracy, the
+    loss itself for a perplexity. As smooth as a loss, but an answer that is lost costs the same however sure the
+    specialist was of it.
 
 With the harmonic mean H of CP as the aggregate, the cost that an optimiser minimises, 1 / H, is for ``loss_ratio`` and
 ``gap`` linear in the losses: so its gradient on a mini-batch is unbiased.
@@ -25,13 +26,14 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from automerge.documents import Model
 from automerge.errors import SearchError
 from automerge.preservation import preservation_rate
-from automerge.tasks.task import Ratio, Scores, Task, TaskData
+from automerge.tasks.task import Ratio, Scores, StandIn, Task, TaskData
 
 Name = Literal["loss_ratio", "gap", "metric", "soft_metric"]
 Aggregate = Literal["harmonic", "worst", "pareto"]
@@ -73,6 +75,9 @@ class TaskReference(Model):
     higher_is_better: dict[str, bool] = Field(
         default_factory=dict, description="By metric; those in which the specialist is no better than a guess left out."
     )
+    stand_ins: dict[str, StandIn] = Field(
+        default_factory=dict, description="By the same metrics, what stands in for them where a gradient is wanted."
+    )
     samples: int = Field(default=1, ge=1, description="Validation samples.")
 
     @classmethod
@@ -90,7 +95,13 @@ class TaskReference(Model):
             for metric in task.metrics
             if _is_better(scores.metrics[metric.name].value, task.chance(metric.name, data), metric.higher_is_better)
         }
-        return cls(specialist=Measure.of(scores), nothing=nothing, higher_is_better=defined, samples=len(scores))
+        return cls(
+            specialist=Measure.of(scores),
+            nothing=nothing,
+            higher_is_better=defined,
+            stand_ins={metric.name: metric.stand_in for metric in task.metrics if metric.name in defined},
+            samples=len(scores),
+        )
 
 
 class Objective(Model):
@@ -117,29 +128,21 @@ class Objective(Model):
                         "objective 'gap' is undefined",
                         "set search.gap_reference or search.objective to another, or check the data",
                     )
-            if self.name == "metric" and not reference.higher_is_better:
-                raise SearchError(
-                    f"task {task!r}: the specialist is no better than a guess in any metric on validation data, so the "
-                    "objective 'metric' is undefined",
-                    "check the data, or set search.objective to 'gap'",
-                )
-            if self.name == "soft_metric" and not reference.specialist.soft:
-                raise SearchError(
-                    f"task {task!r}: the specialist gives the right answers no probability, so the objective "
-                    "'soft_metric' is undefined",
-                    "check the data, or set search.objective to 'gap'",
-                )
+            if self.name in ("metric", "soft_metric"):
+                specialist = reference.specialist
+                zero = [
+                    name
+                    for name, kind in reference.stand_ins.items()
+                    if (kind == "soft" and not specialist.soft) or (kind == "loss" and specialist.loss == 0)
+                ]
+                if not reference.stand_ins or zero:
+                    why = f"has nothing of {zero[0]!r}" if zero else "is no better than a guess in any metric"
+                    raise SearchError(
+                        f"task {task!r}: the specialist {why} on validation data, so the objective {self.name!r} is "
+                        "undefined",
+                        "check the data, or set search.objective to 'gap'",
+                    )
         self.preservation({task: reference.specialist for task, reference in self.tasks.items()})
-
-    @property
-    def needs_soft(self) -> bool:
-        """Whether measures need the mean probability of the right answer."""
-        return self.name == "soft_metric"
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """At which temperatures measures need the loss."""
-        return TEMPERATURES if self.name == "metric" else ()
 
     def preservation(self, measures: Mapping[str, Measure]) -> dict[str, float]:
         """CP by task.
@@ -161,19 +164,21 @@ class Objective(Model):
         """The aggregate of CP: what a search maximises; of a Pareto search the harmonic mean, which ranks its front."""
         return min(cp.values()) if self.aggregate == "worst" else harmonic_mean(cp)
 
-    def column(self, scores: Scores, task: str) -> Ratio:
-        """The figure by sample that decides on the task: the loss, the soft metric, or the first defined metric."""
-        if self.name == "soft_metric":
-            return _soft(scores, task)
+    def columns(self, task: str, scores: Scores) -> dict[str, Ratio]:
+        """The figures by sample that decide on a task, by name: 'loss', 'soft', or metrics."""
         if self.name == "metric":
-            return scores.metrics[next(iter(self.tasks[task].higher_is_better))]
-        return scores.losses
+            return {name: scores.metrics[name] for name in self.tasks[task].higher_is_better}
+        if self.name != "soft_metric":
+            return {"loss": scores.losses}
+        kinds = set(self.tasks[task].stand_ins.values())
+        found = {"soft": _soft(scores, task)} if "soft" in kinds else {}
+        return found | ({"loss": scores.losses} if kinds - {"soft"} else {})
 
     def loss(self, task: str, losses: Tensor, soft: Tensor) -> Tensor:
         """A differentiable stand-in for 1 / CP of one task, 1 where all is kept; scalar.
 
-        For ``metric``, which has no gradient, it is that of ``soft_metric``; both are linear in the soft metric, so
-        that a mini-batch's gradient is unbiased.
+        For ``metric``, which has no gradient, it is that of ``soft_metric``: linear in the probabilities of the right
+        answers, so that a mini-batch's gradient is unbiased there.
 
         Args:
             task: the task.
@@ -187,8 +192,8 @@ class Objective(Model):
         if self.name == "gap":
             assert reference.nothing is not None  # noqa: S101 - check() has refused it
             return 1 + (losses - specialist.loss) / (reference.nothing - specialist.loss)
-        assert specialist.soft  # noqa: S101 - measured wherever a gradient is wanted
-        return 2 - soft / specialist.soft
+        rates = [_stand_in_rate(kind, specialist, losses, soft) for kind in reference.stand_ins.values()]
+        return 2 - torch.stack(rates).mean()
 
     def _task(self, task: str, reference: TaskReference, measure: Measure) -> float:
         specialist = reference.specialist
@@ -198,9 +203,11 @@ class Objective(Model):
         if self.name == "gap":
             return 1.0 / (1.0 + max(LARGEST_GAIN, _excess(reference, measure.loss, specialist.loss)))
         if self.name == "soft_metric":
-            if measure.soft is None or not specialist.soft:
+            if measure.soft is None and "soft" in reference.stand_ins.values():
                 raise SearchError(f"task {task!r}: the soft metric was not measured", "report it")
-            return max(SMALLEST_CP, measure.soft / specialist.soft)
+            loss, soft = (torch.tensor(value or 0.0, dtype=torch.float64) for value in (measure.loss, measure.soft))
+            rates = [float(_stand_in_rate(kind, specialist, loss, soft)) for kind in reference.stand_ins.values()]
+            return max(SMALLEST_CP, sum(rates) / len(rates))
         rate = _mean_rate(reference, measure)
         if measure.calibrated is None or specialist.calibrated is None:
             raise SearchError(f"task {task!r}: the calibrated loss was not measured", "report it")
@@ -243,6 +250,16 @@ def _excess(reference: TaskReference, loss: float, specialist_loss: float) -> fl
 
 def _is_better(value: float, chance: float, higher_is_better: bool) -> bool:
     return value > chance if higher_is_better else value < chance
+
+
+def _stand_in_rate(kind: StandIn, specialist: Measure, loss: Tensor, soft: Tensor) -> Tensor:
+    """What a merged model keeps of a metric, by its stand-in; scalar, 1 where all is kept."""
+    if kind == "perplexity":
+        return torch.exp(specialist.loss - loss)
+    if kind == "loss":
+        return specialist.loss / loss
+    assert specialist.soft  # noqa: S101 - check() has refused it
+    return soft / specialist.soft
 
 
 def _mean_rate(reference: TaskReference, measure: Measure) -> float:

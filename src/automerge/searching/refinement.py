@@ -173,7 +173,7 @@ def refine(
         }
     while not state.done and state.step < spec.steps:
         state.step += 1
-        batch = _batch(evaluator.tasks, split.fit, seed, state.step)
+        batch = _batch(evaluator.tasks, split.fit, spec.batch_size, seed, state.step)
         try:
             found = gradients(blocks_at(values.tolist()), batch)
         except AutoMergeError:
@@ -455,11 +455,11 @@ def _blocks_at(pieces: Sequence[_Piece], values: Sequence[float]) -> list[Recipe
     return blocks
 
 
-def _batch(tasks: Mapping[str, MeasuredTask], fit: Rows, seed: int, step: int) -> dict[str, list[int]]:
+def _batch(tasks: Mapping[str, MeasuredTask], fit: Rows, batch_size: int, seed: int, step: int) -> dict[str, list[int]]:
     """The rows of one step, by task: an epoch is a permutation of its own, of which the last batch may be smaller."""
     batch = {}
     for index, (name, rows) in enumerate(fit.items()):
-        size = min(len(rows), tasks[name].batch_size)
+        size = min(len(rows), batch_size, tasks[name].batch_size)
         per_epoch = -(-len(rows) // size)
         epoch, place = divmod(step - 1, per_epoch)
         order = np.random.default_rng((seed, index, epoch)).permutation(len(rows))

@@ -25,6 +25,7 @@ from automerge.searching.workers import DaskWorkers, InProcess, ProcessWorkers, 
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import RefineSpec, Spec
 from automerge.stages.documents import FRONT, RECIPE, STATISTICS, TRIALS, Front, FrontPoint
+from automerge.stages.front import POINTS, point_folder
 from automerge.stages.segment import segmentation_of
 from automerge.stages.trials import EvaluatorFactory, TrialRun, identity_of
 from automerge.storage import download
@@ -213,10 +214,10 @@ def _write_recipe(
 
 def _write_front(spec: Spec, run: TrialRun, objective: Objective, result: SearchResult, folder: Path) -> None:
     """The front's points, each with its recipe and statistics in a folder of its own."""
-    shutil.rmtree(folder / "front", ignore_errors=True)
+    shutil.rmtree(folder / POINTS, ignore_errors=True)
     points = []
     for trial, blocks in result.front:
-        place = folder / "front" / str(trial.number)
+        place = point_folder(folder, trial.number)
         _write_recipe(run, objective, blocks, place, recalibrates=result.stopped != "interrupted")
         points.append(FrontPoint(number=trial.number, cp=trial.cp, rates=trial.rates))
     Front(tasks=[task.name for task in spec.tasks], points=points).write(folder / FRONT)

@@ -43,7 +43,7 @@ class LanguageModelling(Task):
     """
 
     LOSSES = ("cross_entropy",)
-    METRICS = (Metric("token_accuracy", True), Metric("perplexity", False), Metric("loss", False))
+    METRICS = (Metric("token_accuracy", True), Metric("perplexity", False, "perplexity"), Metric("loss", False, "loss"))
     DEFAULT_METRICS = ("token_accuracy", "perplexity")
     ARGUMENTS = ("sequence_length", "pack", "shift")
 

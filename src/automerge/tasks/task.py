@@ -92,11 +92,17 @@ class TaskData:
         )
 
 
+StandIn = Literal["soft", "loss", "perplexity"]
+"""What stands in for a metric where a gradient is wanted: the mean probability of the right answer (`Task.soft_metric`),
+the mean loss, or its exponential."""
+
+
 class Metric(NamedTuple):
-    """What a metric is called, and which way is better."""
+    """What a metric is called, which way is better, and what it is like that has a gradient."""
 
     name: str
     higher_is_better: bool
+    stand_in: StandIn = "soft"
 
 
 @dataclass(frozen=True)
