@@ -92,7 +92,7 @@ class Document(Model):
 
 
 _WRITERS = {"manifest": "fetch", "segmentation": "segment", "recipe": "search", "merged": "merge"}
-_WRITERS |= {"evaluation": "evaluate", "registration": "register"}
+_WRITERS |= {"front": "search", "evaluation": "evaluate", "registration": "register"}
 _REASONS = {"missing": "this key is missing", "extra_forbidden": "unknown key"}
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 from automerge.documents import write_atomically
 from automerge.merging.recipe import Recipe
 from automerge.preservation import Evaluation
-from automerge.searching.store import Ask, Header, Tell
+from automerge.searching.store import Ask, Cut, Header, Tell
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import json_schema
-from automerge.stages.documents import Manifest, Merged, Registration
+from automerge.stages.documents import Front, Manifest, Merged, Registration
 
 
 def all_schemas() -> dict[str, str]:
     """Text of each schema by file name."""
     schemas = {"spec.schema.json": json_schema()}
-    for document in (Manifest, Segmentation, Recipe, Merged, Evaluation, Registration):
+    for document in (Manifest, Segmentation, Recipe, Front, Merged, Evaluation, Registration):
         schemas[f"{document.FORMAT.removeprefix('automerge/')}.schema.json"] = document.model_json_schema()
-    for line in (Header, Ask, Tell):
+    for line in (Header, Ask, Tell, Cut):
         schemas[f"trials.{line.__name__.lower()}.schema.json"] = line.model_json_schema()
     return {name: json.dumps(schema, indent=2) + "\n" for name, schema in schemas.items()}
 
