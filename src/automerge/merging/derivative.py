@@ -11,7 +11,7 @@ import torch
 
 from automerge.errors import MergeError
 from automerge.merging.recipe import RecipeBlock, canonical
-from automerge.merging.technique import TensorInputs, load_technique
+from automerge.merging.technique import Technique, TensorInputs, load_technique
 
 LAMBDA = "lambda"
 """The hyperparameter that is a scalar of its own where normalised weights leave the scale open."""
@@ -58,10 +58,13 @@ def scalar_values(block: RecipeBlock) -> list[float]:
     return [*block.weights.values(), *scale]
 
 
-def scalar_gradient(block: RecipeBlock, inputs: TensorInputs, gradient: torch.Tensor) -> list[float]:
+def scalar_gradient(
+    technique: Technique, block: RecipeBlock, inputs: TensorInputs, gradient: torch.Tensor
+) -> list[float]:
     """The derivative of a cost in a block's scalars, through one of its tensors.
 
     Args:
+        technique: the block's.
         block: refinable.
         inputs: what its technique sees of the tensor, on any device.
         gradient: of the cost with respect to the merged tensor; its shape, on the same device.
@@ -72,7 +75,6 @@ def scalar_gradient(block: RecipeBlock, inputs: TensorInputs, gradient: torch.Te
     Raises:
         MergeError: the technique declares itself differentiable, and its result does not depend on its weights.
     """
-    technique = load_technique(block.technique)
     wide = inputs.sources[0].dtype
     upstream = gradient.to(wide)
     if block.technique == "task_arithmetic":  # the most common, and linear: one task vector at a time is enough

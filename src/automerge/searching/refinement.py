@@ -31,6 +31,7 @@ from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, SearchError
 from automerge.merging.derivative import refinable, scalar_gradient, scalar_values, scalars_of, with_scalars
 from automerge.merging.recipe import Recipe, RecipeBlock
+from automerge.merging.technique import load_technique
 from automerge.models.architecture import short_reason
 from automerge.models.state import state_names
 from automerge.searching.evaluator import MeasuredTask, RecipeEvaluator, tasks_by_form
@@ -387,7 +388,7 @@ class _Watched(AbstractContextManager[None]):
                 if gradient is None:
                     return
                 inputs = evaluator.merger.technique_inputs(recipe, name)
-                found = scalar_gradient(block, inputs, gradient)
+                found = scalar_gradient(load_technique(block.technique), block, inputs, gradient)
                 sums[block.name] = [total + value for total, value in zip(sums[block.name], found, strict=True)]
 
             return contract

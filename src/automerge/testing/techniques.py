@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 
 from automerge.errors import AutoMergeError
+from automerge.merging.derivative import scalar_gradient, scalar_values, scalars_of, with_scalars
+from automerge.merging.recipe import RecipeBlock
 from automerge.merging.technique import (
     Hyperparameter,
     Settings,
@@ -37,6 +39,7 @@ def check_technique(technique: Technique, tolerance: float = 1e-5) -> None:
       range and has an effect, the seed has an effect exactly if it is declared randomised, a shared factor of the
       weights has none if it is declared normalised.
     - Its canonical form merges alike, and is a fixed point; its effective weights name the sources.
+    - If it is declared differentiable, autograd's derivative in its weights is that of finite differences.
 
     Args:
         technique: the decorated function. It need not be installed as an entry point, unless its canonical form is
@@ -57,6 +60,8 @@ def check_technique(technique: Technique, tolerance: float = 1e-5) -> None:
     # Large enough for torch to split elementwise work and reductions between threads.
     _check_threads(technique, _inputs(technique, (300_007,), counts[-1]))
     _check_declaration(technique, _inputs(technique, (40, 25), counts[-1]), tolerance)
+    if technique.declaration.differentiable:
+        _check_derivative(technique, _inputs(technique, (40, 25), counts[-1], torch.float64))
 
 
 class NonConformingError(AssertionError):
@@ -165,6 +170,33 @@ def _check_declaration(technique: Technique, inputs: TensorInputs, tolerance: fl
         isinstance(value, float) for value in effective.values()
     ):
         raise _broken(technique, "its effective weights are not one float per source, in order")
+
+
+def _check_derivative(technique: Technique, inputs: TensorInputs) -> None:
+    """In float64, where a step of 1e-6 crosses no election but by bad luck: one element in ten thousand may."""
+    names = list(inputs.source_names)
+    block = RecipeBlock(
+        name="block",
+        technique=technique.declaration.name,
+        weights={name: 0.3 + 0.2 * index for index, name in enumerate(names)},
+        hyperparameters=_settings(technique, inputs).hyperparameters,
+        parameters=[inputs.tensor],
+    )
+    gradient = torch.linspace(-1, 1, inputs.sources[0].numel(), dtype=torch.float64).view(inputs.sources[0].shape)
+    found = scalar_gradient(technique, block, inputs, gradient)
+    values, step = scalar_values(block), 1e-6
+    for index, (scalar, derivative) in enumerate(zip(scalars_of(block), found, strict=True)):
+        costs = []
+        for sign in (1, -1):
+            moved = [value + sign * step * (at == index) for at, value in enumerate(values)]
+            costs.append(float((_merge(technique, inputs, with_scalars(block, moved).settings) * gradient).sum()))
+        expected = (costs[0] - costs[1]) / (2 * step)
+        if abs(derivative - expected) > 1e-4 * (1 + abs(expected)):
+            raise _broken(
+                technique,
+                f"declared differentiable, and its derivative in {scalar!r} is {derivative:g}, by autograd, and "
+                f"{expected:g} by finite differences",
+            )
 
 
 def _check_canonical(technique: Technique, inputs: TensorInputs, settings: Settings, tolerance: float) -> None:
