@@ -27,6 +27,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +158,7 @@ def main() -> None:
     os.sched_setaffinity(0, {arguments.core})
     for name in ("smac", "ConfigSpace"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Mean of empty slice|invalid value", RuntimeWarning)  # SMAC's own local search
     console = Console()
     with _scratch():
         if arguments.trials:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from ConfigSpace import CategoricalHyperparameter, ConfigurationSpace
-from sklearn.ensemble._forest import ForestRegressor
 from smac.model.random_forest.random_forest import EPMRandomForest, RandomForest
 
 Array = npt.NDArray[np.float64]
@@ -69,7 +68,7 @@ class _Trees(EPMRandomForest):  # type: ignore[misc]
     """SMAC's forest, whose leaves get their values all at once."""
 
     def fit(self, X: Array, y: Array, sample_weight: Any = None) -> "_Trees":  # noqa: N803 - scikit-learn's names
-        ForestRegressor.fit(self, X, y)
+        super(EPMRandomForest, self).fit(X, y)  # scikit-learn's
         points = X.astype(np.float32)
         costs = np.exp(y)
         for tree, samples in zip(self.estimators_, self.estimators_samples_, strict=True):
