@@ -78,27 +78,27 @@ class SearchSpace:
         Raises:
             SearchError: nothing is left to choose, or a technique has a searched hyperparameter without a range.
         """
-        space = ConfigurationSpace(seed=seed)
-        for choice in self.choices:
-            if not choice.has_parameters:
-                continue
+        found: list[Any] = []
+        for choice in self._searchable:
             technique = None
             if len(choice.techniques) > 1:
                 technique = CategoricalHyperparameter(f"{choice.name}/technique", list(choice.techniques))
-                space.add(technique)
+                found.append(technique)
             for key in self._weight_keys(choice).values():
                 bounds = self.weight_range if self.mode == "independent" or len(self.sources) == 2 else (0, 1)
-                space.add(Float(key, bounds))
+                found.append(Float(key, bounds))
             for name, users in self._searched(choice).items():
                 hyperparameter = self._dimension(f"{choice.name}/{name}", next(iter(users.values())))
-                space.add(hyperparameter)
+                found.append(hyperparameter)
                 owners = list(users)
                 if technique is not None and len(owners) < len(choice.techniques):
-                    space.add(
+                    found.append(
                         EqualsCondition(hyperparameter, technique, owners[0])
                         if len(owners) == 1
                         else InCondition(hyperparameter, technique, owners)
                     )
+        space = ConfigurationSpace(seed=seed)
+        space.add(found)  # at once: each addition sorts all again
         if not len(space):
             raise SearchError(
                 "the search space is empty: no block has anything left to choose",
