@@ -298,8 +298,8 @@ class SearchSpec(SpecModel):
     objective: Literal["loss_ratio", "gap", "metric", "soft_metric"] = Field(
         default=DEFAULT_OBJECTIVE,
         description="What a task keeps. loss_ratio: L_specialist / L_merged; gap: by the excess loss, as a part of "
-        "what the specialist is better than the reference; metric: its metrics relative to the specialist's; soft_metric: "
-        "the same of the mean probability of the right answer.",
+        "what the specialist is better than the reference; metric: its metrics relative to the specialist's; "
+        "soft_metric: the same of stand-ins that have a gradient.",
     )
     aggregate: Literal["harmonic", "worst", "pareto"] = Field(
         default="harmonic",

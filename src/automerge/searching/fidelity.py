@@ -14,7 +14,8 @@ Test
     The null hypothesis: on all validation data the trial is no worse than the incumbent. The cost 1 / H is linearised
     in the columns' ratios of sums. It is linear in losses, and convex in the soft metric and in a single metric, so
     that a trial which is worse by the linear cost is worse. A ratio is linearised about the sums (delta method), with
-    the known mean of the denominator. The error of a mean of n of N rows, drawn without replacement, is that of a Brownian motion at the
+    the known mean of the denominator. The error of a mean of n of N rows, drawn without replacement, is that of a
+    Brownian motion at the
     time 1 / (1/n - 1/N), divided by this time; with several tasks the time is 1 / variance (both: independent
     increments, the canonical form of group sequential tests). So a one-sided normal mixture bounds it at all times:
     an asymptotic confidence sequence (Waudby-Smith et al., "Time-uniform central limit theory and asymptotic

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def refine(
     split: Split,
     spec: RefineSpec,
     *,
+    free: Callable[[RecipeBlock], RecipeBlock | None] | None = None,
     seed: int,
     checkpoint: Path,
     batch_statistics: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -119,11 +121,13 @@ def refine(
 
     Args:
         evaluator: merges, and runs the merged model.
-        start: the blocks to start from. Those whose technique has no derivative stay as they are.
+        start: the blocks to start from.
         groups_of: how a block's parameters are grouped, each group with scalars of its own: names and parameters.
         objective: what the gradient is of.
         split: the validation data in two parts.
         spec: steps, learning rate and so on.
+        free: a block in the form in which its scalars move, or None where it stays as it is; by default every block
+            whose technique has a derivative moves (`automerge.merging.derivative.refinable`).
         seed: of the batches.
         checkpoint: a file of the state after each look at the held-back data; if there is one, it goes on from there.
         batch_statistics: entered around passes with a gradient; for BatchNorm to normalise by its batch.
@@ -133,11 +137,12 @@ def refine(
         AutoMergeError: the start itself cannot be merged or measured.
     """
     has_base = evaluator.recipe.base is not None
-    pieces = _pieces(start, groups_of, has_base)
+    pieces = _pieces(start, free or partial(refinable, has_base=has_base), groups_of)
     origin = [value for piece in pieces if piece.free for value in scalar_values(piece.block)]
     if not origin:
         raise SearchError(
-            "no block's technique can be refined by a gradient", "set search.refine to null, or allow other techniques"
+            "no block can be refined by a gradient: its technique has none, or a constraint holds it",
+            "set search.refine to null, or allow other techniques",
         )
     anchor = torch.tensor(origin, dtype=torch.float64)
 
@@ -335,9 +340,8 @@ def tensor_gradients(
     Raises:
         SearchError: the model cannot be differentiated.
     """
-    pieces = _pieces(
-        blocks, lambda block: [(name, [name]) for name in block.parameters], evaluator.recipe.base is not None
-    )
+    form = partial(refinable, has_base=evaluator.recipe.base is not None)
+    pieces = _pieces(blocks, form, lambda block: [(name, [name]) for name in block.parameters])
     at = _blocks_at(pieces, [value for piece in pieces if piece.free for value in scalar_values(piece.block)])
     gradients = WeightGradients(evaluator, objective, batch_statistics)
     rows = {name: list(range(len(task.data))) for name, task in evaluator.tasks.items()}
@@ -421,12 +425,14 @@ class _Piece:
 
 
 def _pieces(
-    start: Sequence[RecipeBlock], groups_of: Callable[[RecipeBlock], list[tuple[str, list[str]]]], has_base: bool
+    start: Sequence[RecipeBlock],
+    free: Callable[[RecipeBlock], RecipeBlock | None],
+    groups_of: Callable[[RecipeBlock], list[tuple[str, list[str]]]],
 ) -> list[_Piece]:
     """The start's blocks cut into groups with scalars of their own; buffers keep the weights of their block."""
     pieces = []
     for block in start:
-        form = refinable(block, has_base=has_base) if block.parameters else None
+        form = free(block) if block.parameters else None
         if form is None:
             pieces.append(_Piece(block, free=False))
             continue

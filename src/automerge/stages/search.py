@@ -11,6 +11,7 @@ import torch
 
 from automerge.checkpoint.info import info_of
 from automerge.errors import SearchError
+from automerge.merging.derivative import refinable
 from automerge.merging.random import mask_key
 from automerge.merging.recipe import Recipe, RecipeBlock
 from automerge.merging.statistics import Statistics, recalibrated_key, write_statistics
@@ -153,6 +154,7 @@ def _plan(spec: Spec, run: TrialRun, objective: Objective, scores: Mapping[str, 
             objective,
             _split(run, scores, search.refine, search.seed),
             search.refine,
+            free=lambda block: _free(block, run),
             seed=search.seed,
             checkpoint=folder / f"refinement-{number}.json",
             batch_statistics=run.batch_statistics,
@@ -175,6 +177,20 @@ def _split(run: TrialRun, scores: Mapping[str, Scores], spec: RefineSpec, seed: 
         kept = min(len(order) - 1, max(1, round(len(order) * (1 - spec.held_back))))
         fit[name], held_back[name] = order[:kept], order[kept:]
     return Split(fit, held_back, run.objective(scores, held_back))
+
+
+def _free(block: RecipeBlock, run: TrialRun) -> RecipeBlock | None:
+    """The block in the form in which the refinement moves its weights; None where its technique or a constraint does
+    not let it.
+    """
+    choice = next(
+        choice
+        for choice in run.space.choices
+        if any(block.name == own.name or block.name.startswith(f"{own.name}/") for own in choice.blocks)
+    )
+    if choice.shared or choice.weights:
+        return None
+    return refinable(block, has_base=run.loaded.base is not None and "task_arithmetic" in choice.techniques)
 
 
 def _groups(block: RecipeBlock, spec: RefineSpec | None, layers: Segmentation | None) -> list[tuple[str, list[str]]]:

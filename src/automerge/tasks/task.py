@@ -93,8 +93,8 @@ class TaskData:
 
 
 StandIn = Literal["soft", "loss", "perplexity"]
-"""What stands in for a metric where a gradient is wanted: the mean probability of the right answer (`Task.soft_metric`),
-the mean loss, or its exponential."""
+"""What stands in for a metric where a gradient is wanted: the mean probability of the right answer
+(`Task.soft_metric`), the mean loss, or its exponential."""
 
 
 class Metric(NamedTuple):
