@@ -86,7 +86,7 @@ def spec_of(folder: Path, **changes: Any) -> Spec:
                 }
                 for name in TASKS
             ],
-            "search": {"trials": 8, "initial": 3},
+            "search": {"trials": 8, "initial": 3, "split": None, "refine": None},
             "evaluation": {"resamples": 100, "onnx": False},
             "registry": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
             "compute": {"device": "cpu", "threads": 1},

@@ -9,12 +9,13 @@ from automerge.spec import Spec
 from automerge.stages.run import run
 from tests.e2e.tiny import TinyPair, tiny_spec
 
-SHORT = {"search": {"trials": 5, "initial": 2}, "evaluation": {"resamples": 100, "onnx": False}}
+SEARCH = {"trials": 5, "initial": 2, "split": None, "refine": None}
+SHORT = {"search": SEARCH, "evaluation": {"resamples": 100, "onnx": False}}
 
 
 @pytest.fixture
 def spec(pair: TinyPair, tmp_path: Path) -> Spec:
-    """A short job on the tiny pair, with a registry of its own."""
+    """A short job on the tiny pair, with a registry of its own; it searches by Bayesian optimisation alone."""
     return tiny_spec(str(pair.folder), f"sqlite:///{tmp_path / 'mlflow.db'}", **SHORT)
 
 

@@ -18,6 +18,7 @@ from automerge.stages.loading import Loaded
 from automerge.stages.merge import merge
 from automerge.stages.search import search
 from automerge.stages.segment import segment
+from tests.stages.conftest import SEARCH
 from tests.stages.variants import PAIR, build, spec_of, write
 
 
@@ -57,14 +58,14 @@ def test_a_search_is_not_begun_over_another(spec: Spec, finished: Path) -> None:
     before = (finished / "search" / "trials.jsonl").read_bytes()
     with pytest.raises(SearchError, match=r"a search was begun here; pass --resume"):
         search(spec, finished / "fetch", finished / "segment", finished / "search")
-    other = changed(spec, search={"trials": 5, "initial": 2, "seed": 1})
+    other = changed(spec, search={**SEARCH, "seed": 1})
     with pytest.raises(SearchError, match=r"belongs to another search .*; start in another folder"):
         search(other, finished / "fetch", finished / "segment", finished / "search", resume=True)
     assert (finished / "search" / "trials.jsonl").read_bytes() == before
 
 
 def test_more_trials_go_on_from_the_finished_ones(spec: Spec, finished: Path) -> None:
-    longer = changed(spec, search={"trials": 7, "initial": 2})
+    longer = changed(spec, search={**SEARCH, "trials": 7})
     seen: list[SearchProgress] = []
     search(longer, finished / "fetch", finished / "segment", finished / "search", resume=True, progress=seen.append)
     assert [event.replayed for event in seen] == [True] * 5 + [False] * 2
@@ -93,7 +94,10 @@ def test_the_model_that_is_measured_is_the_one_that_is_written(tmp_path: Path) -
     for name in ("base", *PAIR):
         path = tmp_path / f"{name}.safetensors"
         save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
-    spec = spec_of(tmp_path, PAIR, own_heads=True, merge={"dtype": "float32"})
+    losses = {"weights": "simplex", "objective": "loss_ratio", "epsilon": 0.3, "split": None, "refine": None}
+    spec = spec_of(
+        tmp_path, PAIR, own_heads=True, search={"trials": 8, "initial": 3, **losses}, merge={"dtype": "float32"}
+    )
     folders = {stage: tmp_path / "run" / stage for stage in ("fetch", "segment", "search", "merge")}
     fetch(spec, folders["fetch"])
     segment(spec, folders["fetch"], folders["segment"])
@@ -117,5 +121,4 @@ def test_the_model_that_is_measured_is_the_one_that_is_written(tmp_path: Path) -
         specialist = build(len(PAIR[name])).bfloat16()
         specialist.load_state_dict(loaded.tensors[name])
         own = mean_losses({name: tasks[name]}, lambda _, model=specialist: model.eval(), inputs.architecture, device)
-        epsilon = spec.search.effective_epsilon
-        assert best.cp[name] == pytest.approx((own[name] + epsilon) / (best.losses[name] + epsilon), rel=1e-12)
+        assert best.cp[name] == pytest.approx((own[name] + 0.3) / (best.losses[name] + 0.3), rel=1e-12)

@@ -124,7 +124,7 @@ def spec_of(folder: Path, groups: Groups, *, own_heads: bool = False, guard: boo
                 for task in tasks
             ],
             "private": ["head.*"] if own_heads else [],
-            "search": {"trials": 8, "initial": 3},
+            "search": {"trials": 8, "initial": 3, "split": None, "refine": None},
             "evaluation": {"resamples": 100, "onnx": False},
             "registry": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
             "compute": {"device": "cpu", "threads": 1},
