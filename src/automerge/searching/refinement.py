@@ -133,7 +133,8 @@ def refine(
         batch_statistics: entered around passes with a gradient; for BatchNorm to normalise by its batch.
 
     Raises:
-        SearchError: the model cannot be differentiated, or no block has a derivative.
+        SearchError: the model cannot be differentiated, no block has a derivative, or the objective is undefined on the
+            rows held back.
         AutoMergeError: the start itself cannot be merged or measured.
     """
     has_base = evaluator.recipe.base is not None
@@ -144,6 +145,7 @@ def refine(
             "no block can be refined by a gradient: its technique has none, or a constraint holds it",
             "set search.refine to null, or allow other techniques",
         )
+    split.objective.check()
     anchor = torch.tensor(origin, dtype=torch.float64)
 
     def blocks_at(values: Sequence[float]) -> list[RecipeBlock]:
@@ -180,18 +182,25 @@ def refine(
     while not state.done and state.step < spec.steps:
         state.step += 1
         batch = _batch(evaluator.tasks, split.fit, spec.batch_size, seed, state.step)
+        state.samples += 3 * sum(len(rows) for rows in batch.values())
         try:
             found = gradients(blocks_at(values.tolist()), batch)
         except AutoMergeError:
-            raise
+            if state.step == 1:
+                raise
+            found = {}
         except Exception as error:
             raise SearchError(
                 f"the model cannot be differentiated: {short_reason(error)}", "set search.refine to null"
             ) from error
-        state.samples += 3 * sum(len(rows) for rows in batch.values())
         flat = torch.tensor(
-            [value for piece in pieces if piece.free for value in found[piece.block.name]], dtype=torch.float64
+            [value for piece in pieces if piece.free for value in found.get(piece.block.name, [math.nan])],
+            dtype=torch.float64,
         )
+        if not bool(flat.isfinite().all()):
+            state.done = True  # the steps led to where no model is: what was found before stands
+            _write(checkpoint, state)
+            break
         values.grad = flat + spec.pull * 2 * (values.detach() - anchor) / len(origin)
         optimiser.step()
         if state.step % CHECK_EVERY and state.step < spec.steps:
@@ -348,10 +357,12 @@ def tensor_gradients(
     steps = max(-(-len(rows[name]) // task.batch_size) for name, task in evaluator.tasks.items())
     found: dict[str, dict[str, float]] = {}
     for step in range(steps):
-        # Every task has its share in each batch, so that the mean over the batches is that over the data.
-        batch = {name: each[step * len(each) // steps : (step + 1) * len(each) // steps] for name, each in rows.items()}
-        if not all(batch.values()):
-            continue
+        # Every task has its share in each batch, so that the mean over the batches is that over the data; one with
+        # fewer samples than there are batches has each in several.
+        batch = {}
+        for name, each in rows.items():
+            first = step * len(each) // steps
+            batch[name] = each[first : max(first + 1, (step + 1) * len(each) // steps)]
         try:
             by_block = gradients(at, batch)
         except AutoMergeError:
@@ -463,14 +474,15 @@ def _blocks_at(pieces: Sequence[_Piece], values: Sequence[float]) -> list[Recipe
 
 
 def _batch(tasks: Mapping[str, MeasuredTask], fit: Rows, batch_size: int, seed: int, step: int) -> dict[str, list[int]]:
-    """The rows of one step, by task: an epoch is a permutation of its own, of which the last batch may be smaller."""
+    """The rows of one step, by task: an epoch is a permutation of its own, in batches as even as they can be."""
     batch = {}
     for index, (name, rows) in enumerate(fit.items()):
         size = min(len(rows), batch_size, tasks[name].batch_size)
         per_epoch = -(-len(rows) // size)
         epoch, place = divmod(step - 1, per_epoch)
         order = np.random.default_rng((seed, index, epoch)).permutation(len(rows))
-        batch[name] = [rows[at] for at in order[place * size : (place + 1) * size].tolist()]
+        chosen = order[place * len(rows) // per_epoch : (place + 1) * len(rows) // per_epoch]
+        batch[name] = [rows[at] for at in chosen.tolist()]
     return batch
 
 

@@ -43,7 +43,8 @@ def evaluate_task(
     check_tokens(module, task, data)
     parts: list[Scores] = []
     start = 0
-    with torch.inference_mode():
+    # Not in inference mode: what a model keeps from here must do for a pass with a gradient.
+    with torch.no_grad():
         for batch in data.batches(batch_size):
             moved = batch.to(device)
             logits = run_on(architecture, module, task, moved)
