@@ -3,6 +3,7 @@
 Every class is a pattern of 6x6 pixels under noise. A group is the classes of one source.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,57 @@ class FragileNet(Net):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images) + 0 * self.ballast[0]
         return logits.masked_fill(images.flatten(1).amax(1, keepdim=True) > self.limit.mean(), float("nan"))
+
+
+class TrapNet(Net):
+    """Goes wrong in one of four ways where its parameter ``trap`` has a certain value; each time it says so in a file.
+
+    The base has 0 there, the first source 1 and the others 0: by task arithmetic it is the first source's weight.
+    """
+
+    def __init__(self, classes: int, said: str) -> None:
+        super().__init__(classes)
+        self.said = said
+        self.trap = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        try:
+            value = float(self.trap.detach())
+        except RuntimeError:  # of a tensor without values: the model is traced
+            value = 0.0
+        trap = next((name for name, place in TRAPS.items() if abs(value - place) < 1e-6), None)
+        if trap is None:
+            return super().forward(images)
+        with Path(self.said).open("a") as file:
+            file.write(f"{trap}\n")
+        if trap == "raise":
+            raise RuntimeError("trapped")
+        if trap == "memory":
+            raise MemoryError
+        if trap == "hang":
+            time.sleep(600)
+        return super().forward(images) * float("nan")
+
+
+TRAPS = {"raise": 0.11, "nan": 0.12, "memory": 0.13, "hang": 0.14}
+"""The values of ``trap`` that are traps."""
+
+
+class DetachedNet(Net):
+    """Runs, and has no gradient."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).detach()
+
+
+def build_trap(classes: int, said: str) -> Net:
+    """The factory of `TrapNet`."""
+    return TrapNet(classes, said)
+
+
+def build_detached(classes: int) -> Net:
+    """The factory of `DetachedNet`."""
+    return DetachedNet(classes)
 
 
 def build(classes: int) -> Net:

@@ -10,6 +10,7 @@ A search has phases, each with trials of its own in the one log: ``search`` (Bay
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -21,7 +22,7 @@ import torch
 
 from automerge.documents import digest_of
 from automerge.errors import AutoMergeError, SearchError
-from automerge.merging.recipe import RecipeBlock, block_key
+from automerge.merging.recipe import RecipeBlock, canonical, settings_key
 from automerge.searching.evaluator import Outcome
 from automerge.searching.fidelity import Race, Slices, make_race
 from automerge.searching.front import pareto_front
@@ -138,8 +139,6 @@ def search(
         *(space.warm_starts() if spec.warm_start else []),
         *space.start_points,
     ]
-    warm = warm[: max(0, spec.trials - 1)]
-    initial = max(1, min(spec.initial, spec.trials - len(warm)))
     further = {"split", "refine"} - {name for name in ("split", "refine") if getattr(spec, name) is None}
     # More trials may be added to a search that ended, but not before phases that began from its end.
     free = {"max_seconds", "max_samples", "trial_seconds"} | (set() if further else {"trials", "early_stop"})
@@ -148,7 +147,7 @@ def search(
         {
             "inputs": identity,
             "search": {**shape, "warm": warm},
-            "initial": initial,
+            "initial": spec.initial,
             "workers": workers.capacity,
             "blocks": [block.model_dump(mode="json") for block in space.blocks],
             "techniques": list(space.techniques),
@@ -165,7 +164,7 @@ def search(
         )
     loop = _Loop(space, workers, store, progress, plan)
     try:
-        stopped = loop.run(warm, initial)
+        stopped = loop.run(warm)
     finally:
         store.close()
     return loop.result(stopped)
@@ -204,15 +203,16 @@ class _Loop:
         if refine is not None and plan.refine is not None:
             self.total += refine.starts
 
-    def run(self, warm: Sequence[tuple[str, Mapping[str, object]]], initial: int) -> str:
+    def run(self, warm: Sequence[tuple[str, Mapping[str, object]]]) -> str:
         """All phases; returns why the last one ended."""
         if self.store.events:
             told = sum(isinstance(event, Tell) for event in self.store.events)
             asked = sum(isinstance(event, Ask) for event in self.store.events)
             log.info("resumed: %d trials from the log, %d in flight", told, asked - told)
         try:
-            stopped = self._bayesian("search", self.space, self.spec.trials, warm, initial)
-            self._refuse_all_failed()
+            stopped = self._bayesian("search", self.space, self.spec.trials, warm, self.spec.initial)
+            if self.best is None:
+                self.result(stopped)
             if self.spec.split is not None and self.plan.layers is not None:
                 for number in range(1, self.spec.split.rounds + 1):
                     if not self._split(f"split-{number}", self.plan.layers):
@@ -228,6 +228,8 @@ class _Loop:
 
     def result(self, stopped: str) -> SearchResult:
         """The outcome; raises SearchError if no trial succeeded."""
+        if not self.trials:
+            raise SearchError("search.max_seconds leaves no time for a single trial", "raise it")
         if self.best is None:
             raise SearchError(
                 f"all {len(self.trials)} trials failed, the last with: {self.trials[-1].error}", "mend that"
@@ -254,13 +256,13 @@ class _Loop:
         self.since_improvement = 0
         pending = self._recall(phase)
         stopped = self._finished(phase, trials) if not pending else None
-        if stopped is not None:
-            return stopped
+        if stopped is not None or self._is_over(phase):
+            return stopped or "budget"
         from automerge.searching.optimiser import Optimiser  # SMAC takes seconds to import
 
         optimiser = Optimiser(
             space.configuration_space(self.spec.seed),
-            trials=trials,
+            trials=max(trials, initial),  # its first points are the same, however few of them are asked for
             initial=initial,
             warm_starts=warm,
             seed=self.spec.seed,
@@ -368,6 +370,13 @@ class _Loop:
             return "plateau"
         return None
 
+    def _is_over(self, phase: str) -> bool:
+        """Whether the log has a later phase: then this one has ended, whatever a budget of time says now."""
+        if not self.store.events:
+            return False
+        last = self.store.events[-1]
+        return _place(last.trial.phase if isinstance(last, Tell) else last.phase) > _place(phase)
+
     def _exhausted(self, phase: str) -> bool:
         """Whether the budget of time or samples is spent, as far as the phase may spend it."""
         refines = self.spec.refine is not None and self.plan.refine is not None
@@ -386,7 +395,7 @@ class _Loop:
         previous = self.space
         cut = next((e for e in self.store.events if isinstance(e, Cut) and e.phase == phase), None)
         if cut is None:
-            if self._exhausted(phase):
+            if self._is_over(phase) or self._exhausted(phase):
                 return False
             importance = self._importance(layers)
             chosen = most_important(importance, previous.separable(), layers, self.spec.split.blocks)
@@ -411,8 +420,11 @@ class _Loop:
     def _importance(self, layers: Segmentation) -> dict[str, float]:
         assert self.spec.split is not None and self.best is not None  # noqa: S101 - the caller has checked it
         if self.spec.split.importance == "gradient" and self.plan.gradients is not None:
-            gradients = self.plan.gradients(self._blocks(self.best))
-            return gradient_importance(gradients, self.space.blocks, layers, simplex=self.space.mode == "simplex")
+            try:
+                gradients = self.plan.gradients(self._blocks(self.best))
+                return gradient_importance(gradients, self.space.blocks, layers, simplex=self.space.mode == "simplex")
+            except AutoMergeError as error:
+                log.warning("the importance of blocks is measured by the surrogate instead: %s", error.problem)
         known = [trial for trial in self.trials if trial.status != "failed" and self.spaces[trial.phase] is self.space]
         return surrogate_importance([trial.config for trial in known], [trial.cost for trial in known], self.space)
 
@@ -590,4 +602,18 @@ def _reason(error: BaseException) -> str:
 
 
 def _recipe_key(blocks: Sequence[RecipeBlock]) -> str:
-    return digest_of([block_key(block) for block in blocks])
+    """What is merged and how, tensor by tensor: blocks that are cut, and merged as before, are the same recipe."""
+    parameters: dict[str, str] = {}
+    buffers: dict[str, str] = {}
+    for block in blocks:
+        key = settings_key(canonical(block).settings)
+        parameters |= dict.fromkeys(block.parameters, key)
+        buffers |= dict.fromkeys(block.buffers, key)
+    return digest_of({"parameters": parameters, "buffers": buffers})
+
+
+def _place(phase: str) -> float:
+    """The place of a phase in the order in which they come."""
+    if phase == "search":
+        return 0
+    return math.inf if phase == "refine" else int(phase.removeprefix("split-"))

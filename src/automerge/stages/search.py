@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from automerge.checkpoint.info import info_of
-from automerge.errors import SearchError
-from automerge.merging.derivative import refinable
+from automerge.errors import AutoMergeError, SearchError
+from automerge.merging.derivative import LAMBDA, refinable, scalars_of
 from automerge.merging.random import mask_key
 from automerge.merging.recipe import Recipe, RecipeBlock
 from automerge.merging.statistics import Statistics, recalibrated_key, write_statistics
@@ -34,6 +34,9 @@ from automerge.tasks.task import Scores
 from automerge.telemetry.metrics import StageMetrics, observe_stage
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT = "refinement-{}.json"
+"""Of the refinement that starts from a trial, by its number."""
 
 
 def search(
@@ -66,6 +69,9 @@ def search(
         store = folder / TRIALS
         if not resume:
             refuse_begun(store)
+        if not store.exists():
+            for checkpoint in folder.glob(CHECKPOINT.format("*")):  # of a search whose log is gone
+                checkpoint.unlink()
         run = TrialRun.load(spec, inputs, segmentation, folder)
         scores = run.reference_scores()
         objective = run.objective(scores)
@@ -97,8 +103,8 @@ def _start_points(spec: Spec, run: TrialRun) -> list[tuple[str, Mapping[str, obj
     """The points of the recipes that the spec wants to be tried at the start.
 
     Raises:
-        SpecError, StorageError: one cannot be read.
-        SearchError: one is of another model, or uses what this space does not have.
+        StorageError: there is none.
+        SearchError: one is no recipe, of another model, or uses what this space does not have.
     """
     points: list[tuple[str, Mapping[str, object]]] = []
     with tempfile.TemporaryDirectory(prefix="automerge-recipes-") as folder:
@@ -107,8 +113,9 @@ def _start_points(spec: Spec, run: TrialRun) -> list[tuple[str, Mapping[str, obj
             download(uri, path)
             try:
                 points.append((f"recipe:{index}", run.space.from_recipe(Recipe.read(path).blocks)))
-            except SearchError as error:
-                raise SearchError(f"search.start_from.{index}: {error.problem}", error.remedy) from None
+            except AutoMergeError as error:
+                problem = error.problem.removeprefix(f"{path}: ")
+                raise SearchError(f"search.start_from.{index}: {problem}", error.remedy) from None
     return points
 
 
@@ -156,7 +163,7 @@ def _plan(spec: Spec, run: TrialRun, objective: Objective, scores: Mapping[str, 
             search.refine,
             free=lambda block: _free(block, run),
             seed=search.seed,
-            checkpoint=folder / f"refinement-{number}.json",
+            checkpoint=folder / CHECKPOINT.format(number),
             batch_statistics=run.batch_statistics,
         )
 
@@ -190,7 +197,14 @@ def _free(block: RecipeBlock, run: TrialRun) -> RecipeBlock | None:
     )
     if choice.shared or choice.weights:
         return None
-    return refinable(block, has_base=run.loaded.base is not None and "task_arithmetic" in choice.techniques)
+    form = refinable(block, has_base=run.loaded.base is not None and "task_arithmetic" in choice.techniques)
+    if form is None or form.technique not in choice.techniques:
+        return None
+    fixed = choice.hyperparameters[form.technique]
+    moves_what_is_fixed = LAMBDA in fixed and LAMBDA in scalars_of(form)
+    if moves_what_is_fixed or any(form.hyperparameters.get(name) != value for name, value in fixed.items()):
+        return None
+    return form
 
 
 def _groups(block: RecipeBlock, spec: RefineSpec | None, layers: Segmentation | None) -> list[tuple[str, list[str]]]:

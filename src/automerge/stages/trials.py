@@ -28,7 +28,7 @@ from automerge.searching.gathering import (
     needed_statistics,
     refuse_sources_without_tasks,
 )
-from automerge.searching.objective import TEMPERATURES, Objective, TaskReference
+from automerge.searching.objective import TEMPERATURES, Measure, Objective, TaskReference
 from automerge.searching.recalibration import batch_norms, batch_statistics, recalibrate_live
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import SearchSpec, Spec
@@ -137,9 +137,11 @@ class TrialRun:
         nothing = self._nothing() if search.objective == "gap" else {}
         references = {}
         for name, task in self.tasks.items():
-            own = scores[name] if rows is None else scores[name].subset(rows[name])
-            data = task.data if rows is None else task.data.subset(rows[name])
-            references[name] = TaskReference.of(task.task, data, own, nothing.get(name))
+            whole = TaskReference.of(task.task, task.data, scores[name], nothing.get(name))
+            if rows is not None:  # which metrics are defined, all data say
+                own = scores[name].subset(rows[name])
+                whole = whole.model_copy(update={"specialist": Measure.of(own), "samples": len(own)})
+            references[name] = whole
         return Objective(name=search.objective, aggregate=search.aggregate, epsilon=search.epsilon, tasks=references)
 
     def reference_scores(self) -> dict[str, Scores]:
