@@ -291,6 +291,10 @@ def _tuned(bench: Bench, way: str) -> Row:
         bench.loaded.device,
         seed=setting.seed,
         budget_samples=max(samples, least),
+        # What the task's metrics are: a language model's perplexity is its loss.
+        criterion="loss"
+        if any(task.task.spec.kind == "language_modelling" for task in bench.plain.tasks.values())
+        else "soft_metric",
     )
     chosen = found.chosen.setting.learning_rate if found.chosen.setting is not None else 0.0
     return bench.row(heads, way, seconds=found.seconds, samples=found.samples, figures={"learning_rate": chosen})
@@ -335,7 +339,8 @@ def report(folder: Path) -> str:
     parts = []
     for pair in PAIRS:
         own = [row for row in rows if row.pair == pair]
-        ways = [way for way in WAYS if any(row.way == way for row in own)]
+        seeds = {row.seed for row in own}
+        ways = [way for way in WAYS if {row.seed for row in own if row.way == way} == seeds]
         if own:
             parts += [f"## {pair}", ways_table(rows, pair, ways), seeds_table(rows, pair, ways)]
     claims: dict[str, Any] = {}

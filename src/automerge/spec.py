@@ -199,7 +199,7 @@ class RefineSpec(SpecModel):
         default=0.5, gt=0, lt=1, description="Share of the validation data that only the early stopping sees."
     )
     pull: float = Field(
-        default=0.01, ge=0, description="Cost of a mean squared distance of 1 from the start's weights."
+        default=0.5, ge=0, description="Cost of a mean squared distance of 1 from the start's weights."
     )
     patience: int = Field(default=8, ge=1, description="Checks without an improvement after which a start ends.")
 
