@@ -149,7 +149,8 @@ def fine_tune(
         learning_rates: those tried.
         statistics: the treatments of BatchNorm's statistics that are tried, each with every learning rate.
         criterion: what the part held back decides by, as a mean over the tasks: the ``loss``; the ``soft_metric``, the
-            probability of the right answer; or the task's first ``metric``, and of equal ones the loss.
+            probability of the right answer; or the task's first ``metric``, and of equal ones the loss. The default is
+            the one that did best on four splits of the digits pair (seeds 30 to 33), by 0.2 to 0.6 points of mean PR.
         held_back: one sample in so many is held back, the same share of each class.
         batch_size: samples of a step, of all tasks together; about.
         max_epochs: most epochs of an attempt, whatever the budget.
