@@ -185,7 +185,7 @@ class RefineSpec(SpecModel):
     """Gradient refinement of the sources' weights. No parameter of the model is trained, only these scalars."""
 
     granularity: Literal["block", "layer", "tensor"] = Field(
-        default="tensor", description="What has weights of its own."
+        default="layer", description="What has weights of its own."
     )
     steps: int = Field(default=300, ge=1, description="Most steps from each start.")
     batch_size: int = Field(
@@ -198,9 +198,7 @@ class RefineSpec(SpecModel):
     held_back: float = Field(
         default=0.5, gt=0, lt=1, description="Share of the validation data that only the early stopping sees."
     )
-    pull: float = Field(
-        default=0.5, ge=0, description="Cost of a mean squared distance of 1 from the start's weights."
-    )
+    pull: float = Field(default=0.5, ge=0, description="Cost of a mean squared distance of 1 from the start's weights.")
     patience: int = Field(default=8, ge=1, description="Checks without an improvement after which a start ends.")
 
 

@@ -57,6 +57,8 @@ class RecipeEvaluator:
         tasks: the tasks by name.
         device: where it all runs.
         soft, temperatures: what the objective needs beside losses and metrics (`automerge.tasks.task.Task.score`).
+
+    Attributes:
         recalibrate: called after each merge, to bring BatchNorm's statistics to what fits; None: they are averages.
     """
 
@@ -71,7 +73,6 @@ class RecipeEvaluator:
         *,
         soft: bool = False,
         temperatures: Sequence[float] = (),
-        recalibrate: Callable[[], object] | None = None,
     ) -> None:
         self.recipe = recipe
         self.merger = merger
@@ -81,12 +82,7 @@ class RecipeEvaluator:
         self.device = device
         self._soft = soft
         self._temperatures = tuple(temperatures)
-        self._recalibrate = recalibrate
-
-    @property
-    def recalibrates(self) -> bool:
-        """Whether BatchNorm's statistics are brought to what fits after each merge."""
-        return self._recalibrate is not None
+        self.recalibrate: Callable[[], object] | None = None
 
     def __call__(self, blocks: Sequence[RecipeBlock], race: Race | None = None) -> Outcome:
         """Merge by ``blocks`` and measure, on all data or until the race says that there is no hope.
@@ -116,8 +112,8 @@ class RecipeEvaluator:
             MergeError: a tensor cannot be merged so.
         """
         self.merger.apply(self.recipe.model_copy(update={"blocks": list(blocks)}), self.heads.live)
-        if self._recalibrate is not None:
-            self._recalibrate()
+        if self.recalibrate is not None:
+            self.recalibrate()
 
     def measure(self, rows: Mapping[str, Sequence[int]] | None) -> Outcome:
         """Measure the live model as it is: on all data, or on some rows of each task.

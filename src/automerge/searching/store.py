@@ -22,7 +22,6 @@ from automerge.searching.objective import Objective
 from automerge.searching.trial import Trial
 from automerge.tasks.task import Ratio, Scores, Transform
 
-
 VERSION: Final = 2
 """Of the log's format."""
 

@@ -75,6 +75,8 @@ def search(
         run = TrialRun.load(spec, inputs, segmentation, folder)
         scores = run.reference_scores()
         objective = run.objective(scores)
+        if run.recalibration_pays(objective):
+            run.recalibrate_trials()
         space = replace(run.space, start_points=_start_points(spec, run))
         workers = _workers(spec, run, inputs, segmentation, folder)
         try:
@@ -127,7 +129,12 @@ def _workers(spec: Spec, run: TrialRun, inputs: Path, segmentation: Path, folder
     folder.mkdir(parents=True, exist_ok=True)
     threads = compute.threads or max(1, torch.get_num_threads() // compute.workers)
     factory = EvaluatorFactory(
-        spec.model_dump_json(), inputs.absolute(), segmentation.absolute(), folder.absolute(), threads
+        spec.model_dump_json(),
+        inputs.absolute(),
+        segmentation.absolute(),
+        folder.absolute(),
+        threads,
+        recalibrates=run.evaluator.recalibrate is not None,
     )
     if compute.scheduler is not None:
         return DaskWorkers(compute.scheduler, factory, trial_seconds=spec.search.trial_seconds)

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+RECALIBRATION_GAIN = 1.05
+"""By how much the average's objective must rise for trials to be measured with recalibrated BatchNorm statistics."""
+
+
 @dataclass(frozen=True)
 class TrialRun:
     """Everything that trials need, loaded and ready.
@@ -109,7 +113,6 @@ class TrialRun:
         # In the output dtype: what is measured is what `merge` will write.
         heads = loaded.heads(loaded.shared(spec.sources[0].name, fitted=True), dtype=spec.merge.dtype)
         merger = ResidentMerger(loaded.base, loaded.sources, device, statistics)
-        recalibrates = spec.recalibrates and spec.search.fidelity is None and bool(batch_norms(heads, tasks))
         evaluator = RecipeEvaluator(
             average,
             merger,
@@ -119,7 +122,6 @@ class TrialRun:
             device,
             soft=needs_soft(spec.search),
             temperatures=TEMPERATURES if spec.search.objective == "metric" else (),
-            recalibrate=partial(recalibrate_live, heads, tasks, opened.architecture, device) if recalibrates else None,
         )
         return cls(loaded, document, space, average, tasks, statistics, heads, merger, evaluator)
 
@@ -157,9 +159,50 @@ class TrialRun:
             found |= self._scores_of(heads, own)
         return {name: found[name] for name in self.tasks}
 
+    def recalibrate_trials(self) -> None:
+        """From now on, bring BatchNorm's statistics to what fits after each merge of a trial."""
+        self.evaluator.recalibrate = partial(
+            recalibrate_live, self.heads, self.tasks, self.loaded.inputs.architecture, self.loaded.device
+        )
+
+    def recalibration_pays(self, objective: Objective) -> bool:
+        """Whether trials are to be measured with recalibrated BatchNorm statistics: the average is much better so.
+
+        Where the sources lie close together the average of their statistics serves, and depends on no data; so it is
+        given up only for a gain that is more than noise. With multi-fidelity, whose trials see a part of the data, it
+        is never given up.
+
+        Raises:
+            AutoMergeError: the average cannot be measured.
+        """
+        spec = self.loaded.inputs.spec
+        if not spec.recalibrates or spec.search.fidelity is not None or not batch_norms(self.heads, self.tasks):
+            return False
+
+        def value() -> float:
+            scores = self.evaluator.measure(None).scores
+            return objective.value(objective.preservation({name: Measure.of(each) for name, each in scores.items()}))
+
+        self.evaluator.merge(self.average.blocks)
+        plain = value()
+        try:
+            recalibrate_live(self.heads, self.tasks, self.loaded.inputs.architecture, self.loaded.device)
+            found = value()
+        finally:
+            self.merger.forget()  # the live buffers are not what it wrote
+        pays = found > RECALIBRATION_GAIN * plain
+        log.info(
+            "trials are measured with %s BatchNorm statistics: the average's objective is %.4f with averaged and %.4f "
+            "with recalibrated ones",
+            "recalibrated" if pays else "averaged",
+            plain,
+            found,
+        )
+        return pays
+
     def batch_statistics(self) -> AbstractContextManager[None]:
         """For passes with a gradient: BatchNorm normalises by its batch, where the trials recalibrate it."""
-        return batch_statistics(self.heads, self.tasks) if self.evaluator.recalibrates else nullcontext()
+        return batch_statistics(self.heads, self.tasks) if self.evaluator.recalibrate is not None else nullcontext()
 
     def _nothing(self) -> dict[str, float]:
         """The loss that counts as nothing kept, by task."""
@@ -204,6 +247,7 @@ class EvaluatorFactory:
         spec: the spec as JSON, with absolute paths.
         inputs, segmentation, folder: as of `TrialRun.load`.
         threads: CPU threads of torch in the worker.
+        recalibrates: whether trials are measured with recalibrated BatchNorm statistics.
     """
 
     spec: str
@@ -211,12 +255,15 @@ class EvaluatorFactory:
     segmentation: Path
     folder: Path
     threads: int
+    recalibrates: bool = False
 
     def __call__(self, index: int) -> Callable[[Sequence[RecipeBlock], Race | None], Outcome]:
         """The evaluator of worker ``index``."""
         spec = Spec.model_validate_json(self.spec)
         compute = spec.compute.model_copy(update={"threads": self.threads})
         run = TrialRun.load(spec.model_copy(update={"compute": compute}), self.inputs, self.segmentation, self.folder)
+        if self.recalibrates:
+            run.recalibrate_trials()
         return run.evaluator
 
 
