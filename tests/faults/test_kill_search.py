@@ -10,12 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from automerge.searching.store import Ask, Tell, read_log
+from automerge.searching.evaluator import Outcome, RecipeEvaluator
+from automerge.searching.refinement import CHECK_EVERY
+from automerge.searching.store import Ask, Cut, Tell, read_log
 from automerge.searching.trial import Trial
 from automerge.spec import Spec
 from automerge.stages.fetch import fetch
@@ -25,46 +29,69 @@ from tests.e2e.tiny import prepare, tiny_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-TRIALS = 40
-KILLED_AT = 13
+SEARCH = {
+    "trials": 30,
+    "initial": 6,
+    "seed": 1,
+    "split": {"trials": 8, "blocks": 1},
+    "refine": {"steps": 60, "starts": 2, "patience": 20, "batch_size": 20},
+}
+TOTAL = 30 + 8 + 2
 
-# Runs the command line with the search's parts wrapped from outside. Arguments: where to die ('ask': an ask was just
-# logged; 'evaluation': one of two tasks is measured; 'tell': a tell was just logged, and the optimiser does not know;
-# 'never'), at the how manieth, the file that the number of evaluations is written to, and those of the command line.
+# Runs the command line with the search's parts wrapped from outside. Arguments: where to die, '<what>:<phase>' ('ask',
+# 'cut': it was just logged; 'evaluation': one of two tasks is measured; 'tell': it was just logged, and the optimiser
+# does not know; 'step': of the refinement, its gradient is not there; 'checkpoint': it was just written; 'never'), at
+# the how manieth, the file that the number of evaluations is written to, and those of the command line.
 DRIVER = """
 import atexit, os, signal, sys
+from collections import Counter
 from pathlib import Path
-from automerge.searching import evaluator
+from automerge.searching import evaluator, refinement
 from automerge.searching.store import TrialStore
 
 place, at, counter = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 sys.argv = ["automerge", *sys.argv[4:]]
-counts = {"ask": 0, "evaluation": 0, "tell": 0}
-state = {"tasks": 0}
+counts = Counter()
+state = {"phase": "search", "tasks": None}
 append, call, evaluate_task = TrialStore.append, evaluator.RecipeEvaluator.__call__, evaluator.evaluate_task
+step, write = refinement.WeightGradients.__call__, refinement._write
 
-def die_at(kind):
-    if kind == place and counts[kind] == at:
+def reached(what):
+    here = f"{what}:{state['phase']}"
+    counts[here] += 1
+    if here == place and counts[here] == at:
         os.kill(os.getpid(), signal.SIGKILL)
 
 def appending(self, event):
     append(self, event)
-    counts[event.event] += 1
-    die_at(event.event)
+    state["phase"] = event.trial.phase if event.event == "tell" else event.phase
+    reached(event.event)
 
-def calling(self, blocks):
-    counts["evaluation"] += 1
+def calling(self, blocks, race=None):
+    counts["evaluations"] += 1
     state["tasks"] = 0
-    return call(self, blocks)
+    outcome = call(self, blocks, race)
+    state["tasks"] = None
+    return outcome
 
-def measuring(*arguments):
-    state["tasks"] += 1
-    if counts["evaluation"] and state["tasks"] == 2:
-        die_at("evaluation")
-    return evaluate_task(*arguments)
+def measuring(*arguments, **options):
+    if state["tasks"] is not None:
+        state["tasks"] += 1
+        if state["tasks"] == 2:
+            reached("evaluation")
+    return evaluate_task(*arguments, **options)
+
+def stepping(self, *arguments):
+    reached("step")
+    return step(self, *arguments)
+
+def writing(*arguments):
+    write(*arguments)
+    reached("checkpoint")
 
 TrialStore.append, evaluator.RecipeEvaluator.__call__, evaluator.evaluate_task = appending, calling, measuring
-atexit.register(lambda: counter.write_text(str(counts["evaluation"])))
+refinement.WeightGradients.__call__, refinement._write = stepping, writing
+atexit.register(lambda: counter.write_text(str(counts["evaluations"])))
 from automerge.cli import main
 main()
 """
@@ -92,7 +119,7 @@ class Begun:
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
     root = tmp_path_factory.mktemp("begun")
     prepare(root / "tiny")
-    changes = {"search": {"trials": TRIALS, "initial": 6, "seed": 1}}
+    changes = {"segmentation": {"granularity": "whole"}, "search": SEARCH}
     spec: Spec = tiny_spec(str(root / "tiny"), f"sqlite:///{root / 'mlflow.db'}", **changes)
     (root / "spec.json").write_text(spec.model_dump_json())
     run = root / "run"
@@ -100,6 +127,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
     segment(spec, run / "fetch", run / "segment")
     result = search(spec, run / "fetch", run / "segment", run / "search")
     assert result.stopped == "budget"
+    assert {trial.phase for trial in result.trials} == {"search", "split-1", "refine"}
     return Begun(root / "spec.json", run, (run / "search" / "recipe.json").read_bytes(), result.trials)
 
 
@@ -112,15 +140,37 @@ def drive(place: str, at: int, counter: Path, arguments: list[str]) -> "subproce
     )
 
 
-def resume(begun: Begun, run: Path) -> None:
-    """Resume by the command line, and hold the outcome against the search that nothing happened to."""
-    before = (run / "search" / "trials.jsonl").read_bytes()
-    _, events, sound = read_log(run / "search" / "trials.jsonl")
-    paid = sum(isinstance(event, Tell) for event in events)
+def resumed_here(begun: Begun, run: Path) -> int:
+    """Resume in this process; returns the number of evaluations."""
+    calls: list[None] = []
+    call = RecipeEvaluator.__call__
+
+    def calling(self: RecipeEvaluator, *arguments: Any) -> Outcome:
+        calls.append(None)
+        return call(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecipeEvaluator, "__call__", calling)
+        spec = Spec.model_validate_json(begun.spec.read_bytes())
+        search(spec, run / "fetch", run / "segment", run / "search", resume=True)
+    return len(calls)
+
+
+def resumed_there(begun: Begun, run: Path) -> int:
+    """Resume by the command line; returns the number of evaluations."""
     counter = run / "evaluations"
     resumed = drive("never", 0, counter, begun.arguments(run, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
-    assert f"of {TRIALS}" in resumed.stdout
+    assert f"of {TOTAL}" in resumed.stdout
+    return int(counter.read_text())
+
+
+def resume(begun: Begun, run: Path, resumed: Callable[[Begun, Path], int]) -> None:
+    """Resume, and hold the outcome against the search that nothing happened to."""
+    before = (run / "search" / "trials.jsonl").read_bytes()
+    _, events, sound = read_log(run / "search" / "trials.jsonl")
+    paid = sum(isinstance(event, Tell) for event in events)
+    evaluations = resumed(begun, run)
 
     after = (run / "search" / "trials.jsonl").read_bytes()
     assert after.startswith(before[:sound]), "what was logged stays as it was"
@@ -128,33 +178,46 @@ def resume(begun: Begun, run: Path) -> None:
     assert length == len(after)
     asked = [event.number for event in events if isinstance(event, Ask)]
     told = [event.trial for event in events if isinstance(event, Tell)]
-    assert asked == [trial.number for trial in told] == list(range(TRIALS)), "each point is asked for and told once"
-    assert int(counter.read_text()) == sum(trial.status != "cached" for trial in told[paid:])
+    assert asked == [trial.number for trial in told] == list(range(TOTAL)), "each point is asked for and told once"
+    assert sum(isinstance(event, Cut) for event in events) == 1
+    assert evaluations == sum(trial.status != "cached" for trial in told[paid:])
 
-    assert [(trial.config, trial.status, trial.cost, trial.losses) for trial in told] == [
-        (trial.config, trial.status, trial.cost, trial.losses) for trial in begun.trials
+    unlike = {"seconds", "optimiser_seconds"}
+    assert [trial.model_dump(exclude=unlike) for trial in told] == [
+        trial.model_dump(exclude=unlike) for trial in begun.trials
     ]
     assert (run / "search" / "recipe.json").read_bytes() == begun.recipe
 
 
 @pytest.mark.parametrize(
-    ("place", "last", "paid"),
-    [("ask", "ask", KILLED_AT - 1), ("evaluation", "ask", None), ("tell", "tell", KILLED_AT)],
+    ("place", "at", "last"),
+    [
+        ("evaluation:search", 13, "ask"),
+        ("tell:search", 13, "tell"),
+        ("evaluation:split-1", 2, "ask"),
+        ("step:refine", 33, "ask"),
+        ("checkpoint:refine", 5, "ask"),
+    ],
 )
-def test_sigkill_then_resume(begun: Begun, tmp_path: Path, place: str, last: str, paid: int | None) -> None:
+def test_sigkill_then_resume(begun: Begun, tmp_path: Path, place: str, at: int, last: str) -> None:
     run = begun.copy(tmp_path / "run")
-    killed = drive(place, KILLED_AT, tmp_path / "counter", begun.arguments(run))
+    killed = drive(place, at, tmp_path / "counter", begun.arguments(run))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "counter").exists()
     assert not (run / "search" / "recipe.json").exists()
     _, events, _ = read_log(run / "search" / "trials.jsonl")
     assert events[-1].event == last
+    what, phase = place.split(":")
     finished = [event.trial for event in events if isinstance(event, Tell)]
-    if paid is None:  # the evaluation that was killed is the only one that is not in the log
-        assert sum(trial.status != "cached" for trial in finished) == KILLED_AT - 1
-    else:
-        assert len(finished) == paid
-    resume(begun, run)
+    if what == "evaluation":  # the evaluation that was killed is the only one that is not in the log
+        assert sum(trial.status != "cached" and trial.phase == phase for trial in finished) == at - 1
+    elif what == "tell":
+        assert len(finished) == at
+    else:  # what the refinement had reached is in its checkpoint
+        (path,) = (run / "search").glob("refinement-*.json")
+        step = json.loads(path.read_bytes())["step"]
+        assert step == (at - 1 if what == "checkpoint" else (at - 1) // CHECK_EVERY) * CHECK_EVERY
+    resume(begun, run, resumed_here)
 
 
 def signalled(begun: Begun, run: Path, number: signal.Signals) -> "subprocess.CompletedProcess[str]":
@@ -186,10 +249,10 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(begun: Begun, tmp_path: P
     assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1] == "interrupted: nothing is lost; go on with --resume"
     _, events, _ = read_log(run / "search" / "trials.jsonl")
-    assert 5 <= sum(isinstance(event, Tell) for event in events) < TRIALS
+    assert 5 <= sum(isinstance(event, Tell) for event in events) < TOTAL
     recipe = json.loads((run / "search" / "recipe.json").read_bytes())
     assert recipe["format"] == "automerge/recipe", "the best so far can be merged"
-    resume(begun, run)
+    resume(begun, run, resumed_there)
 
 
 def test_sigterm_then_resume(begun: Begun, tmp_path: Path) -> None:
@@ -198,7 +261,7 @@ def test_sigterm_then_resume(begun: Begun, tmp_path: Path) -> None:
     ended = signalled(begun, run, signal.SIGTERM)
     assert ended.returncode == -signal.SIGTERM
     assert not (run / "search" / "recipe.json").exists()
-    resume(begun, run)
+    resume(begun, run, resumed_there)
 
 
 def test_without_resume_a_begun_search_is_left_alone(begun: Begun, tmp_path: Path) -> None:
