@@ -2,12 +2,14 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from automerge.models.architecture import Architecture
@@ -16,6 +18,8 @@ from automerge.searching.fidelity import (
     FEWEST,
     _Effect,
     _is_positive,
+    _normal_value,
+    _without_skewness,
     cost_slopes,
     make_race,
     make_slices,
@@ -53,9 +57,13 @@ def of_rows(scores, rows):
 
 
 def objective(*tasks, name="loss_ratio", aggregate="harmonic", metrics=None):
-    specialist = Measure(loss=0.4, soft=0.8, metrics={"top1": 0.9, "perplexity": 1.5}, calibrated=0.4)
+    metrics = metrics or {"top1": True}
     reference = TaskReference(
-        specialist=specialist, nothing=2.0, higher_is_better=metrics or {"top1": True}, samples=100
+        specialist=Measure(loss=0.4, soft=0.8, metrics={"top1": 0.9, "perplexity": 1.5}, calibrated=0.4),
+        nothing=2.0,
+        higher_is_better=metrics,
+        stand_ins={metric: {"top1": "soft", "perplexity": "perplexity"}[metric] for metric in metrics},
+        samples=100,
     )
     return Objective(name=name, aggregate=aggregate, tasks=dict.fromkeys(tasks or ("a",), reference))
 
@@ -96,7 +104,8 @@ def test_every_prefix_has_each_label_in_its_share(counts, key, shuffled):
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(len(labels)))
     drawn = np.cumsum(labels[order][:, None] == np.arange(len(counts)), axis=0)
     expected = np.arange(1, len(labels) + 1)[:, None] * np.array(counts) / len(labels)
-    assert np.abs(drawn - expected).max() < 4.5
+    # Van der Corput's order is off by up to 4.3 in an interval of 480 rows; shuffled neighbours add to it.
+    assert np.abs(drawn - expected).max() < 6.5
 
 
 def test_labels_are_drawn_far_more_evenly_than_at_random():
@@ -243,9 +252,13 @@ def test_slopes_are_those_of_the_cost():
         "metric": {"top1": -1 / 0.9 / (0.6 / 0.9 + tie) ** 2},
     }.items():
         assert cost_slopes(objective(name=name), measures)["a"] == pytest.approx(expected, rel=1e-4)
-    both = cost_slopes(objective(name="metric", metrics={"top1": True, "perplexity": False}), measures)["a"]
+    metrics = {"top1": True, "perplexity": False}
+    both = cost_slopes(objective(name="metric", metrics=metrics), measures)["a"]
     cp = (0.6 / 0.9 + 1.5 / 3.0) / 2 + tie
     assert both == pytest.approx({"top1": -0.5 / 0.9 / cp**2, "perplexity": 0.5 * 1.5 / 3.0**2 / cp**2}, rel=1e-4)
+    both = cost_slopes(objective(name="soft_metric", metrics=metrics), measures)["a"]
+    cp = (0.5 / 0.8 + math.exp(0.4 - 1.2)) / 2
+    assert both == pytest.approx({"soft": -0.5 / 0.8 / cp**2, "loss": 0.5 * math.exp(0.4 - 1.2) / cp**2}, rel=1e-4)
 
 
 def test_perplexity_is_linearised_in_its_mean_loss():
@@ -347,13 +360,13 @@ def test_variances_and_covariances_are_as_claimed():
     b = tokens * generator.gamma(8.0, 0.1, count)
     trial = {"a": losses(b * generator.uniform(0.9, 1.7, count), tokens)}
     values, variances = [], []
-    for seed in range(1500):
+    for seed in range(1200):
         race = make_race(make_slices({"a": samples(count)}, SHARES, seed), objective(), {"a": losses(b, tokens)}, 0.9)
         effects = [race._effect("a", seen(race, trial, step)["a"]) for step in range(3)]
         values.append([effect.value for effect in effects])
         variances.append([effect.variance for effect in effects])
     observed, claimed = np.cov(np.array(values).T), np.mean(variances, axis=0)
-    # Claims are larger by two samples with the incumbent's spread.
+    # Claims are larger by three samples with the incumbent's spread.
     assert (np.diag(observed) < 1.05 * claimed).all()
     assert (np.diag(observed) > 0.75 * claimed).all()
     assert observed[0, 1] == pytest.approx(observed[1, 1], rel=0.15)
@@ -367,7 +380,7 @@ def test_the_boundary_holds_however_often_it_is_asked(level):
     times = np.geomspace(1, 1e6, 80)
     steps = np.sqrt(np.diff(times, prepend=0))
     generator = np.random.default_rng(0)
-    runs, crossed = 2500, 0
+    runs, crossed = 1500, 0
     for _ in range(runs):
         path = np.cumsum(steps * generator.standard_normal(80)) / times
         crossed += any(
@@ -379,12 +392,45 @@ def test_the_boundary_holds_however_often_it_is_asked(level):
     assert crossed / runs > 0.4 * level
 
 
+def test_few_samples_and_negative_skewness_need_more_evidence():
+    clear = _Effect(value=3.0, variance=1.0, first=1.0, unlimited=1.2, third=0.0, freedom=10**6)
+    assert _is_positive([clear], 0.0, 0.1)
+    assert not _is_positive([replace(clear, freedom=3)], 0.0, 0.1)
+    assert not _is_positive([replace(clear, third=-0.8)], 0.0, 0.1)
+    assert _is_positive([replace(clear, third=0.8)], 0.0, 0.1)
+    # What few samples add little of the variance matters little; so does a known offset, by its size.
+    assert _is_positive([clear, replace(clear, value=0.0, variance=0.05, first=0.05, freedom=3)], 0.0, 0.1)
+    assert not _is_positive([clear], -1.0, 0.1)
+    assert not _is_positive([clear, replace(clear, value=-1.0)], 0.0, 0.1)
+    # Without any spread the sign decides.
+    sure = replace(clear, variance=0.0, first=0.0, unlimited=0.0)
+    assert _is_positive([sure], 0.0, 0.1) and not _is_positive([sure], -3.0, 0.1)
+
+
+def test_corrections_give_normal_values():
+    """Wallace's against the tails themselves; Hall's on studentised means of 30 reflected exponential samples."""
+    for freedom in (3, 10, 60):
+        for t in (0.5, 1.5, 3.0, 5.0):
+            assert _normal_value(t, freedom) == pytest.approx(stats.norm.isf(stats.t.sf(t, freedom)), rel=0.02)
+            assert _normal_value(-t, freedom) == -_normal_value(t, freedom)
+    x = 1 - np.random.default_rng(0).exponential(1, (40_000, 30))
+    means, deviations = x.mean(axis=1), x.std(axis=1, ddof=1)
+    t = means / (deviations / math.sqrt(30))
+    moments = ((x - means[:, None]) ** 3).mean(axis=1) / x.std(axis=1) ** 3
+    corrected = np.array(
+        [_without_skewness(*pair) for pair in zip(t, np.minimum(0, moments) / math.sqrt(30), strict=True)]
+    )
+    assert (t > 1.645).mean() > 0.1
+    assert 0.03 < (corrected > 1.645).mean() < 0.07
+
+
 def nulls(generator, count):
     """Incumbent's and trial's losses, of equal sums: heavy tails, gains on a few samples, and samples unrelated."""
     b = generator.lognormal(-1, 1.5, count)
     noise = generator.lognormal(0, 0.3, count)
     solved = np.where(generator.random(count) < 0.05, 0.0, b)
     heavy = np.abs(generator.standard_t(2, count)) + 0.01
+    even = generator.gamma(4.0, 0.25, count)
 
     def capped(share):
         found = np.minimum(b, np.quantile(b, share))
@@ -400,6 +446,7 @@ def nulls(generator, count):
         "the worst 3 % rescued": (b, capped(0.97)),
         "the worst 10 % rescued": (b, capped(0.9)),
         "any 5 % solved": (b, same_total(solved, b)),
+        "any 10 % solved": (even, same_total(np.where(generator.random(count) < 0.1, 0.0, even), even)),
         "Student's t, two degrees": (heavy, same_total(np.abs(heavy + 0.3 * generator.standard_t(2, count)), heavy)),
     }
 
@@ -409,7 +456,7 @@ def nulls(generator, count):
 def test_a_trial_that_is_no_worse_is_rarely_stopped(count):
     """Over all looks at most at the rate 1 - confidence; each null by itself, the hardest included."""
     generator = np.random.default_rng(count)
-    runs = 150 if count > 1000 else 400
+    runs = 100 if count > 1000 else 300
     stops = {}
     for seed in range(runs):
         slices = make_slices({"a": samples(count, generator.integers(0, 5, count))}, SHARES, seed)
@@ -430,7 +477,7 @@ def test_what_one_task_loses_the_other_may_win_back(sizes):
     generator = np.random.default_rng(3)
     goal = objective("a", "b")
     slices_of = {"a": sizes[0], "b": sizes[1]}
-    runs, stops = 300, {}
+    runs, stops = 150, {}
     for seed in range(runs):
         slices = make_slices({task: samples(count) for task, count in slices_of.items()}, SHARES, seed)
         first, second = nulls(generator, sizes[0]), nulls(generator, sizes[1])
@@ -449,7 +496,7 @@ def test_what_one_task_loses_the_other_may_win_back(sizes):
 def test_ratios_of_sums_hold_the_level(count):
     """Texts of very different lengths; in the last null the long ones gain what the short ones lose."""
     generator = np.random.default_rng(4)
-    runs, stops = 400, {}
+    runs, stops = 300, {}
     for seed in range(runs):
         tokens = np.maximum(1.0, np.round(generator.lognormal(4, 1.2, count)))
         b = tokens * generator.gamma(4.0, 0.6, count)
@@ -560,6 +607,26 @@ def test_worse_means_what_the_aggregate_says():
     assert aggregates((0.9, 1.8), (0.5, 2.0)) == {"harmonic": True, "worst": False, "pareto": False}
     # It becomes the worst.
     assert aggregates((2.5, 1.5), (0.5, 2.0)) == {"harmonic": True, "worst": True, "pareto": False}
+
+
+def test_each_task_may_be_the_one_that_stops_so_each_needs_more_evidence():
+    """Of two tasks at half the level: else twice as many trials would be stopped falsely."""
+    generator = np.random.default_rng(10)
+    b = generator.lognormal(-1, 0.5, 512)
+    noise = generator.lognormal(0, 0.5, 512)
+    noise *= b.sum() / (b * noise).sum()
+
+    def needed(tasks):
+        slices = make_slices({task: samples(512) for task in tasks}, SHARES, 0)
+        goal = objective(*tasks, aggregate="worst")
+        race = make_race(slices, goal, {task: losses(b) for task in tasks}, CONFIDENCE)
+        for excess in np.arange(0.0, 1.0, 0.002):
+            trial = {task: losses(b) for task in tasks} | {"a": losses((1 + excess) * b * noise)}
+            if race.is_hopeless(seen(race, trial, 0)):
+                return excess
+        raise AssertionError("never stopped")
+
+    assert needed("a") < needed("ab")
 
 
 def test_a_metric_that_no_sample_counts_for_yet_stops_nothing():

@@ -15,11 +15,11 @@ Test
     in the columns' ratios of sums. It is linear in losses, and convex in the soft metric and in a single metric, so
     that a trial which is worse by the linear cost is worse. A ratio is linearised about the sums (delta method), with
     the known mean of the denominator. The error of a mean of n of N rows, drawn without replacement, is that of a
-    Brownian motion at the
-    time 1 / (1/n - 1/N), divided by this time; with several tasks the time is 1 / variance (both: independent
-    increments, the canonical form of group sequential tests). So a one-sided normal mixture bounds it at all times:
-    an asymptotic confidence sequence (Waudby-Smith et al., "Time-uniform central limit theory and asymptotic
-    confidence sequences", Annals of Statistics 2024, https://arxiv.org/abs/2103.06476), tightest at the first slice.
+    Brownian motion at the time 1 / (1/n - 1/N), divided by this time; with several tasks the time is 1 / variance
+    (both: independent increments, the canonical form of group sequential tests). So a one-sided normal mixture bounds
+    it at all times: an asymptotic confidence sequence (Waudby-Smith et al., "Time-uniform central limit theory and
+    asymptotic confidence sequences", Annals of Statistics 2024, https://arxiv.org/abs/2103.06476), tightest at the
+    first slice.
 
     It is asymptotic, and slices are small. Three corrections vanish as they grow. The variance takes in `PRIOR` samples
     with the incumbent's own spread, known from all its rows. Negative skewness is corrected by Hall's monotone cubic
