@@ -156,8 +156,8 @@ NAME = "use up to 63 letters, digits, '_', '.' and '-', beginning with a letter 
         ("search.weight_range", [0, 1, 2], "search.weight_range: expected at most 2 entries, got 3"),
         ("search.weight_range", [1, 0], "search: weight_range: the lowest value must be below the highest, got 1.0 and "
          "0.0"),
-        ("search", {"weights": "simplex", "weight_range": [-1, 1]}, "search: weight_range: simplex weights lie between 0 "
-         "and 1, got [-1.0, 1.0]"),
+        ("search", {"weights": "simplex", "weight_range": [-1, 1]}, "search: weight_range: simplex weights lie between "
+         "0 and 1, got [-1.0, 1.0]"),
         ("search.density_range", [0, 1], "search: density_range: a density lies above 0 and at most at 1, got "
          "[0.0, 1.0]"),
         ("search.techniques", ["ties", "ties"], "search: techniques: a technique is named twice"),
