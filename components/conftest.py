@@ -41,7 +41,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spec(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny job's spec as it travels through a pipeline."""
     registry = f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
-    search = {"trials": 3, "initial": 2, "warm_start": False}
+    refine = {"steps": 5, "starts": 1}
+    search = {"trials": 3, "initial": 2, "warm_start": False, "split": None, "refine": refine}
     quick = {"resamples": 100, "baselines": False, "onnx": False}
     return spec_argument(tiny_spec(str(tiny_folder), registry, search=search, evaluation=quick))
 

@@ -69,7 +69,7 @@ def spec(pair: TinyPair, tmp_path: Path) -> Path:
     spec = tiny_spec(
         str(pair.folder),
         f"sqlite:///{tmp_path / 'mlflow.db'}",
-        search={"trials": 3, "initial": 2},
+        search={"trials": 3, "initial": 2, "split": None, "refine": None},
         evaluation={"resamples": 100, "onnx": False, "baselines": False},
     )
     path.write_text(spec.model_dump_json())

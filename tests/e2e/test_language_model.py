@@ -77,7 +77,13 @@ def result(project: Path) -> tuple[RunResult, Path]:
                     }
                     for name in ("ones", "fives")
                 ],
-                "search": {"trials": 10, "initial": 4, "techniques": ["linear", "ties"]},
+                "search": {
+                    "trials": 10,
+                    "initial": 4,
+                    "techniques": ["task_arithmetic", "ties"],
+                    "split": {"trials": 6},
+                    "refine": {"steps": 20},
+                },
                 "evaluation": {"resamples": 100},
                 "registry": {"uri": f"sqlite:///{project}/mlflow.db"},
             }
@@ -109,6 +115,16 @@ def test_the_merged_folder_loads_and_gives_the_measured_accuracy(project: Path, 
             predicted = model(input_ids=data).logits[:, :-1].argmax(-1)
         accuracy = (predicted == data[:, 1:]).float().mean().item()
         assert accuracy == pytest.approx(evaluation.merged.tasks[name].metrics["token_accuracy"].value, abs=1e-6)
+
+
+def test_its_layers_are_merged_differently_and_refined(result: tuple[RunResult, Path]) -> None:
+    trials = result[0].search.trials
+    assert not [trial.error for trial in trials if trial.status == "failed"]
+    assert [trial.phase for trial in trials] == ["search"] * 10 + ["split-1"] * 6 + ["refine"] * 2
+    assert any("/model.layers.1/" in key for key in trials[12].config)
+    for trial in trials[16:]:
+        names = [name for block in trial.blocks or [] for name in block.parameters]
+        assert names.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in names, "tied, and merged once"
 
 
 def test_the_best_merge_is_at_least_as_good_as_any_warm_start(result: tuple[RunResult, Path]) -> None:

@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 from automerge.checkpoint.open import open_checkpoint
 from automerge.merging.recipe import Recipe
 from automerge.preservation import Evaluation
+from automerge.searching.store import read_trials
 from automerge.segmenting.segmentation import Segmentation
 from automerge.stages.documents import Manifest, Merged, Registration
 from automerge.testing.s3_server import S3Server
@@ -38,7 +39,13 @@ def test_from_s3_to_a_registered_version_once(uploaded: str, tmp_path: Path) -> 
     assert all(item.uri.startswith("s3://") for item in manifest.inputs)
     segmentation = Segmentation.read(first.segmentation / "segmentation.json")
     recipe = Recipe.read(first.search / "recipe.json")
-    assert [block.name for block in recipe.blocks] == [block.name for block in segmentation.blocks]
+    parents = {name: block.name for block in segmentation.blocks for name in block.parameters}
+    assert {name for block in recipe.blocks for name in block.parameters} == set(parents)
+    for block in recipe.blocks:  # a block of the segmentation, or a part of one that was refined
+        assert {parents[name] for name in block.parameters} == {block.name.split("/")[0]}
+    trials = read_trials(first.search / "trials.jsonl")
+    assert {trial.phase for trial in trials} == {"search", "refine"}
+    assert not [trial.error for trial in trials if trial.status == "failed"]
     assert {source.name: source.digest for source in recipe.sources} == {
         name: manifest.input(name).digest for name in TASKS
     }
@@ -79,7 +86,7 @@ def test_a_gate_that_cannot_be_met_registers_nothing(uploaded: str, tmp_path: Pa
         uploaded,
         registry,
         gate={"min_worst_pr": 1000.0},
-        search={"trials": 2, "initial": 1},
+        search={"trials": 2, "initial": 1, "split": None, "refine": None},
         evaluation={"resamples": 100, "baselines": False, "onnx": False},
     )
     run = run_local(spec, tmp_path / "runs")

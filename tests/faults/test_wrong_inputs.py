@@ -74,7 +74,7 @@ INPUTS = ("fetch/checkpoints/", "fetch/data/")
 @pytest.fixture
 def project(pair: TinyPair, tmp_path: Path) -> Project:
     changes: dict[str, Any] = {
-        "search": {"trials": 2, "initial": 1},
+        "search": {"trials": 2, "initial": 1, "split": None, "refine": None},
         "evaluation": {"resamples": 100, "baselines": False, "onnx": False},
     }
     spec = tiny_spec(str(pair.folder), f"sqlite:///{tmp_path / 'mlflow.db'}", **changes)
