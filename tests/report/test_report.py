@@ -214,6 +214,80 @@ def test_private_parameters_and_negative_weights_are_shown(run, render) -> None:
     assert "and 3 more" in text
 
 
+def cut(run, technique: str = "task_arithmetic") -> Any:
+    """The run's recipe with its first block cut in three, as a split or a refinement does; two are merged alike."""
+    block = run.recipe.blocks[0]
+    parts = [
+        block.model_copy(
+            update={
+                "name": f"{block.name}/part.{index}",
+                "technique": technique if index < 2 else "ties",
+                "weights": {"low": weight, "high": 1.0},
+                "hyperparameters": {"lambda": 1.0}
+                if index < 2
+                else {"density": 0.5, "lambda": 1.0, "normalize": False},
+                "parameters": [f"{block.parameters[0]}.{index}"],
+            }
+        )
+        for index, weight in enumerate((0.2, -0.4, 0.9))
+    ]
+    segment = run.segmentation.blocks[0].model_copy(update={"parameters": [part.parameters[0] for part in parts]})
+    segmentation = run.segmentation.model_copy(update={"blocks": [segment, *run.segmentation.blocks[1:]]})
+    recipe = run.recipe.model_copy(update={"blocks": [*parts, *run.recipe.blocks[1:]]})
+    return {"recipe": recipe, "segmentation": segmentation}
+
+
+def test_a_block_that_was_cut_has_a_row_for_each_technique_in_it(run, render) -> None:
+    text = Page(render(**cut(run))).text.replace("\xa0", " ")
+    name, rest = run.recipe.blocks[0].name, run.recipe.blocks[1].name
+    first = text.find(f"{name} ")
+    assert "part." not in text, "named after the block that people know"
+    row = text[first : text.find(f"{rest} ")]
+    assert "task_arithmetic 2 groups of tensors low \u22120.100 high 1.000" in row
+    assert "low: mean of \u22120.400 to 0.200" in row and "high: mean of 1.000 to 1.000" in row
+    assert "ties density 0.5, lambda 1, normalize no low 0.900 high 1.000" in row
+
+
+def phases(run) -> list[Any]:
+    """The run's trials in three phases; the last two are refined, three were stopped after a quarter of 400 samples."""
+    found = []
+    for trial in run.trials:
+        changes: dict[str, Any] = {"samples": 0 if trial.status == "cached" else 400}
+        if trial.number >= 50:
+            changes["phase"] = "split-1" if trial.number < 58 else "refine"
+        if trial.number in (21, 22, 23):
+            changes |= {"status": "stopped", "samples": 100, "fidelity": 0.25}
+        if trial.objective is not None:
+            changes["rates"] = {"low": 100 * trial.objective, "high": 90 * trial.objective}
+        found.append(trial.model_copy(update=changes))
+    return found
+
+
+def test_the_search_tells_its_phases_and_what_it_spent(run, render) -> None:
+    text = Page(render(trials=phases(run))).text.replace("\xa0", " ")
+    assert "By phase search 50, split-1 8, refine 2" in text
+    # 55 trials at 400 and three at 100; without the race these would have taken 300 more each.
+    assert "Samples 22,300 forward passes" in text
+    assert "Stopped early 3, which saved 3.9 % of the samples" in text
+    assert "Objective against what is kept rank correlation 1.00 with the mean, 1.00 with the worst" in text
+    assert "The last 2 trials were found by moving the recipe's weights along the gradient of the objective." in text
+    assert "no parameter of a model was trained" in text
+    assert "Note: the objective ranked" not in text
+    plain = Page(render()).text
+    for word in ("By phase", "Stopped early", "Objective against", "gradient"):
+        assert word not in plain
+
+
+def test_an_objective_that_misled_is_warned_of(run, render) -> None:
+    trials = [
+        trial.model_copy(update={"rates": {task: 100 - rate for task, rate in trial.rates.items()}})
+        for trial in phases(run)
+    ]
+    text = Page(render(trials=trials)).text
+    assert "rank correlation \u22121.00 with the mean" in text
+    assert "Note: the objective ranked the 54 recipes of the search poorly by what they keep" in text
+
+
 def test_a_failure_leaves_the_earlier_report(run, render, tmp_path: Path) -> None:
     before = render()
     with pytest.raises(AttributeError):
