@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from automerge.errors import AutoMergeError, SearchError, StorageError
 from automerge.merging.recipe import InputDigest, Recipe, RecipeBlock, block_key
 from automerge.searching import refinement
-from automerge.searching.evaluator import RecipeEvaluator
+from automerge.searching.evaluator import RecipeEvaluator, mean_losses
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.searching.store import Ask, Cut, Tell, TrialStore, read_log
 from automerge.searching.trial import Trial
@@ -25,9 +25,13 @@ from automerge.spec import Spec
 from automerge.stages.documents import Front
 from automerge.stages.fetch import fetch
 from automerge.stages.front import choose_point
+from automerge.stages.inputs import Inputs
+from automerge.stages.loading import Loaded
+from automerge.stages.merge import merge
 from automerge.stages.search import search
 from automerge.stages.segment import segment
 from tests.e2e.tiny import TinyPair, tiny_spec
+from tests.stages import batchnorm
 from tests.stages.variants import PAIR, TRAPS, TRIPLE, spec_of, write
 
 SHORT: Mapping[str, Any] = {
@@ -632,6 +636,60 @@ def test_heads_of_their_own_are_not_refined(tmp_path: Path) -> None:
     for trial in result.trials:
         if trial.phase == "refine":
             assert sorted(n for b in trial.blocks or [] for n in b.parameters) == ["conv.bias", "conv.weight"]
+
+
+@pytest.fixture(scope="module")
+def norms(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Two specialists whose BatchNorm statistics lie far apart: an average of these ruins any merge."""
+    folder = tmp_path_factory.mktemp("norms")
+    batchnorm.write(folder)
+    return prepared(batchnorm.spec_of(folder), folder / "run").searching(objective="loss_ratio", epsilon=0.1)
+
+
+@pytest.fixture(scope="module")
+def normed(norms: Job, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    return watch(norms, tmp_path_factory.mktemp("normed"))
+
+
+def test_batch_norm_is_recalibrated_in_every_phase(norms: Job, normed: Watched, tmp_path: Path) -> None:
+    """What is written is what was measured: the merged checkpoint has the losses of the best trial, refined or not."""
+    assert normed.result is not None
+    trials = normed.result.trials
+    assert not [trial.error for trial in trials if trial.status == "failed"]
+    assert [sum(t.phase == phase for t in trials) for phase in ("search", "split-1", "refine")] == [9, 5, 2]
+    assert Recipe.read(normed.folder / "recipe.json").recalibrated
+    merge(norms.spec, norms.folder / "fetch", normed.folder / "recipe.json", tmp_path / "merge")
+    module = batchnorm.build()
+    module.load_state_dict(load_file(tmp_path / "merge" / "model.safetensors"))
+    opened = Inputs.open(norms.spec, norms.folder / "fetch")
+    tasks = Loaded.load(opened, torch.device("cpu")).measured("validation")
+    found = mean_losses(tasks, lambda _: module.eval(), opened.architecture, torch.device("cpu"))
+    assert found == normed.result.best.losses
+
+
+@pytest.mark.parametrize(("phase", "moment"), [("split-1", "tell"), ("refine", "checkpoint")])
+def test_recalibrated_it_is_resumed_all_the_same(normed: Watched, tmp_path: Path, phase: str, moment: str) -> None:
+    assert normed.result is not None
+    folder = tmp_path / "search"
+    shutil.copytree(normed.at(phase, moment)[1], folder)
+    resumed = normed.job.search(folder, resume=True)
+    assert outcomes(resumed.trials) == outcomes(normed.result.trials)
+    for name in ("recipe.json", "statistics.safetensors"):
+        assert (folder / name).read_bytes() == (normed.folder / name).read_bytes()
+
+
+def test_an_average_that_fails_does_not_end_a_search(
+    norms: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is only asked whether recalibration pays; another recipe may be fine."""
+
+    def fails(*_: Any) -> None:
+        raise SearchError("the activations at 'norm.running_mean' are not finite")
+
+    monkeypatch.setattr("automerge.stages.trials.recalibrate_live", fails)
+    result = norms.searching(**{**PLAIN, "trials": 6}).search(tmp_path / "search")
+    assert len(result.trials) == 6 and result.best.status == "ok"
+    assert "trials are measured with averaged BatchNorm statistics: the average failed: the activations" in caplog.text
 
 
 # What a search starts from, and what it must keep

@@ -13,7 +13,7 @@ from torch import nn
 
 from automerge.checkpoint.info import info_of
 from automerge.documents import digest_of
-from automerge.errors import MissingExtraError, SearchError
+from automerge.errors import AutoMergeError, MissingExtraError, SearchError
 from automerge.merging.recipe import BASE, Recipe, RecipeBlock
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.statistics import Statistics, read_metadata, write_statistics
@@ -171,9 +171,6 @@ class TrialRun:
         Where the sources lie close together the average of their statistics serves, and depends on no data; so it is
         given up only for a gain that is more than noise. With multi-fidelity, whose trials see a part of the data, it
         is never given up.
-
-        Raises:
-            AutoMergeError: the average cannot be measured.
         """
         spec = self.loaded.inputs.spec
         if not spec.recalibrates or spec.search.fidelity is not None or not batch_norms(self.heads, self.tasks):
@@ -183,11 +180,14 @@ class TrialRun:
             scores = self.evaluator.measure(None).scores
             return objective.value(objective.preservation({name: Measure.of(each) for name, each in scores.items()}))
 
-        self.evaluator.merge(self.average.blocks)
-        plain = value()
         try:
+            self.evaluator.merge(self.average.blocks)
+            plain = value()
             recalibrate_live(self.heads, self.tasks, self.loaded.inputs.architecture, self.loaded.device)
             found = value()
+        except AutoMergeError as error:  # the trials may do better
+            log.warning("trials are measured with averaged BatchNorm statistics: the average failed: %s", error.problem)
+            return False
         finally:
             self.merger.forget()  # the live buffers are not what it wrote
         pays = found > RECALIBRATION_GAIN * plain
