@@ -11,10 +11,10 @@ configurations, for which costs that are measured once have no use, are left out
 
 **Several points at once.** A point that was asked for and not yet told is pending. The surrogate is told a lie about
 it, the same for all: the *constant liar* of Ginsbourger, Le Riche and Carraro (Kriging is well-suited to parallelize
-optimization, 2010). So the expected improvement falls around pending points, and proposals spread. The lie is the mean
-of the log-transformed costs, penalties left out. Of the other two lies of that paper, the smallest cost draws proposals
-to pending points and is no better than none; the largest does as well as the mean (``benchmarks/search/lies.py``), but
-a single ruined recipe sets it.
+optimization, 2010). So the expected improvement falls around pending points, and proposals spread. The lie is the
+largest cost of a point that did not fail: the larger a lie, the farther proposals keep from pending points. Of that
+paper's other two lies, the mean finds as good points but lets a batch collapse now and then, and the smallest is no
+better than none (``benchmarks/search/lies.py``).
 
 **Several objectives.** ParEGO (Knowles, IEEE Transactions on Evolutionary Computation 10(1), 2006) as SMAC has it:
 before each proposal the objectives, each scaled to [0, 1], become one by the augmented Tchebycheff function, with
@@ -208,10 +208,10 @@ class _Selector(ConfigSelector):  # type: ignore[misc]
         self._acquisition_function.update(model=self._model, eta=float(threshold))
 
     def _lie(self, costs: npt.NDArray[np.float64]) -> float:
-        """The mean of the costs that are no penalties, as the surrogate sees them; 0 where nothing was told."""
+        """The largest of the costs that are no penalties, as the surrogate sees them; 0 where nothing was told."""
         statuses = [value.status for value in self._runhistory.values() if value.status != StatusType.RUNNING]
         succeeded = costs[np.array(statuses, dtype=np.int64) == StatusType.SUCCESS]
-        return float((succeeded if len(succeeded) else costs).mean()) if len(costs) else 0.0
+        return float((succeeded if len(succeeded) else costs).max()) if len(costs) else 0.0
 
     def _next(self, known: set[Configuration]) -> Configuration:
         """The first of the proposals that is new; some proposals are random ones."""
