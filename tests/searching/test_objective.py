@@ -121,7 +121,7 @@ def test_a_loss_of_zero_needs_an_epsilon() -> None:
     [
         ("gap", {"nothing": 0.1}, r"loss 0.2 is not below the reference loss 0.1, .*'gap' is undefined"),
         ("gap", {"nothing": None}, r"missing reference"),
-        ("metric", {"stand_ins": {}}, r"no better than a guess in any metric .*'metric' is undefined"),
+        ("metric", {"higher_is_better": {}}, r"no better than a guess in any metric .*'metric' is undefined"),
         ("soft_metric", {"specialist": measure(0.2, soft=0.0)}, r"has nothing of 'top1' .*'soft_metric' is undefined"),
         ("loss_ratio", {"specialist": measure(0.0)}, r"set search.epsilon"),
     ],

@@ -108,7 +108,9 @@ def write_fragile(folder: Path, *, pixel: float) -> Spec:
     data["inputs"][3, 0, 0, 0] = pixel
     save_file(data, path)
     spec = spec_of(
-        folder, PAIR, search={"trials": 4, "initial": 2, "techniques": ["linear"], "weight_range": [0.4, 0.6]}
+        folder,
+        PAIR,
+        search={"trials": 4, "initial": 2, "techniques": ["linear"], "weights": "simplex", "weight_range": [0.4, 0.6]},
     )
     return changed(spec, model={**spec.model.model_dump(), "target": "variants:build_fragile"})
 
@@ -148,7 +150,7 @@ def test_single_techniques_are_measured_in_the_output_dtype(tmp_path: Path) -> N
     for name in ("base", *PAIR):
         path = tmp_path / f"{name}.safetensors"
         save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
-    search = {"trials": 2, "initial": 2, "techniques": ["linear"]}
+    search = {"trials": 2, "initial": 2, "techniques": ["linear"], "weights": "simplex"}
     spec = spec_of(tmp_path, PAIR, own_heads=True, merge={"dtype": "float32"}, search=search)
     folder = tmp_path / "run"
     run(spec, folder)
@@ -290,6 +292,6 @@ def test_without_a_base_the_task_vectors_leave_with_one_notice(
 def test_a_source_may_be_called_like_a_technique(tmp_path: Path) -> None:
     groups = {"linear": (0, 1), "other": (2, 3)}
     write(tmp_path, groups)
-    spec = spec_of(tmp_path, groups, search={"trials": 3, "initial": 2, "techniques": ["linear"]})
+    spec = spec_of(tmp_path, groups, search={"trials": 3, "initial": 2, "techniques": ["linear"], "weights": "simplex"})
     rows = [(row.name, row.role) for row in evaluated(spec, tmp_path / "run").models]
     assert rows[2:5] == [("linear", "source"), ("other", "source"), ("linear (technique)", "technique")]

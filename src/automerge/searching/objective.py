@@ -76,7 +76,8 @@ class TaskReference(Model):
         default_factory=dict, description="By metric; those in which the specialist is no better than a guess left out."
     )
     stand_ins: dict[str, StandIn] = Field(
-        default_factory=dict, description="By the same metrics, what stands in for them where a gradient is wanted."
+        default_factory=dict,
+        description="What stands in for the same metrics where a gradient is wanted; for all where there are none.",
     )
     samples: int = Field(default=1, ge=1, description="Validation samples.")
 
@@ -99,7 +100,9 @@ class TaskReference(Model):
             specialist=Measure.of(scores),
             nothing=nothing,
             higher_is_better=defined,
-            stand_ins={metric.name: metric.stand_in for metric in task.metrics if metric.name in defined},
+            stand_ins={
+                metric.name: metric.stand_in for metric in task.metrics if metric.name in (defined or scores.metrics)
+            },
             samples=len(scores),
         )
 
@@ -135,7 +138,7 @@ class Objective(Model):
                     for name, kind in reference.stand_ins.items()
                     if (kind == "soft" and not specialist.soft) or (kind == "loss" and specialist.loss == 0)
                 ]
-                if not reference.stand_ins or zero:
+                if not (reference.higher_is_better if self.name == "metric" else reference.stand_ins) or zero:
                     why = f"has nothing of {zero[0]!r}" if zero else "is no better than a guess in any metric"
                     raise SearchError(
                         f"task {task!r}: the specialist {why} on validation data, so the objective {self.name!r} is "
