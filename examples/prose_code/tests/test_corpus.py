@@ -55,7 +55,7 @@ def test_the_domains_are_told_apart_by_their_first_lines() -> None:
     prose = [line for found in texts["prose"].values() for piece in found for line in piece.split("\n")]
     assert all(line[0].isupper() and line[-1] in ".:?!" for line in prose)
     code = "\n".join(piece for found in texts["code"].values() for piece in found)
-    assert '"""' not in code
+    assert not [line for line in code.split("\n") if line.lstrip().startswith(('"""', "#"))]
     assert code.count("\n    ") > 10 * len(texts["code"])
 
 
