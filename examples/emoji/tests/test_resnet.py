@@ -60,10 +60,11 @@ def test_impossible_sizes_are_refused(changes: dict[str, int]) -> None:
         build(**changes)
 
 
+@pytest.mark.slow
 def test_onnx_export_has_a_dynamic_batch(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = build(width=4, depth=1).eval()
+    model = build(width=4, stages=2).eval()
     path = tmp_path / "resnet.onnx"
     batch = torch.export.Dim("batch")
     torch.onnx.export(
