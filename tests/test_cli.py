@@ -16,6 +16,7 @@ import yaml
 from automerge.cli import main
 from automerge.documents import Document
 from automerge.errors import MissingExtraError
+from automerge.merging.recipe import Recipe
 from automerge.spec import json_schema, load_spec
 from tests.e2e.tiny import TinyPair, tiny_spec
 
@@ -286,6 +287,46 @@ def test_a_refused_model_ends_with_3(automerge: Automerge, spec: Path, tmp_path:
     assert register.code == 2
     assert register.err.startswith("error: the quality gate refused this model: task '")
     assert register.err.endswith("; merge better sources, search longer, or lower the gate\n")
+
+
+def test_a_point_of_the_front_is_merged(automerge: Automerge, spec: Path, tmp_path: Path) -> None:
+    search = {**json.loads(spec.read_text())["search"], "trials": 8, "aggregate": "pareto"}
+    rewrite(spec, search=search)
+    for command in ("fetch", "segment", "search"):
+        assert automerge(command, "spec.json").code == 0
+    found = tmp_path / "runs" / "tiny" / "search"
+    numbers = [point["number"] for point in json.loads((found / "front.json").read_text())["points"]]
+    best = (found / "recipe.json").read_bytes()
+    recipes = {number: (found / "front" / str(number) / "recipe.json").read_bytes() for number in numbers}
+    other = next(number for number, content in recipes.items() if content != best)
+    merged = automerge("merge", "spec.json", "--point", str(other))
+    assert merged.code == 0, merged.err
+    assert (found / "recipe.json").read_bytes() == recipes[other]
+    written = json.loads((tmp_path / "runs" / "tiny" / "merge" / "merged.json").read_text())
+    assert written["recipe"] == Recipe.read(found / "recipe.json").digest()
+    assert automerge("evaluate", "spec.json").code == 0, "the stages after it take the point"
+
+    stranger = next(number for number in range(8) if number not in numbers)
+    refused = automerge("merge", "spec.json", "--point", str(stranger))
+    points = ", ".join(map(str, numbers))
+    assert (refused.code, refused.err.splitlines()[-1]) == (
+        2,
+        f"error: runs/tiny/search/front.json: trial {stranger} is no point of the front; choose one of {points}",
+    )
+    both = automerge("merge", "spec.json", "--point", str(other), "--recipe", "recipe.json")
+    assert (both.code, both.err) == (
+        2,
+        "error: --recipe and --point exclude each other; see `automerge merge --help`\n",
+    )
+
+
+def test_without_a_front_there_is_no_point_to_merge(automerge: Automerge, spec: Path) -> None:
+    refused = automerge("merge", "spec.json", "--point", "0")
+    assert refused.code == 2
+    assert refused.err == (
+        "error: runs/tiny/search/front.json: no such file: the search was not for a Pareto front; set search.aggregate "
+        "to 'pareto'\n"
+    )
 
 
 def test_ctrl_c_keeps_the_search(

@@ -788,6 +788,29 @@ def test_constraints_hold_in_every_phase(blocks: Job, tmp_path: Path) -> None:
                 assert each.weights == {"left": 0.45, "right": 0.6} and each.technique in ("task_arithmetic", "ties")
 
 
+def test_what_is_said_of_a_block_holds_for_its_parts(whole: Job, tmp_path: Path) -> None:
+    job = whole.searching(constraints=[{"blocks": "whole", "techniques": ["task_arithmetic"]}])
+    result = job.search(tmp_path / "search")
+    parts = [trial for trial in result.trials if trial.phase == "split-1"]
+    assert len(parts) == 5 and not any("technique" in key for trial in parts for key in trial.config)
+    assert {key.rpartition("/weight")[0] for key in parts[0].config} == {
+        f"whole/{name}" for name in ("0-convolutional/conv", "1-vector/head")
+    }
+    refined = [trial for trial in result.trials if trial.phase == "refine" and trial.status == "ok"]
+    assert refined
+    for _, found in blocks_of(result, job):
+        assert all(each.technique == "task_arithmetic" for each in found)
+
+
+def test_blocks_that_share_one_choice_are_not_taken_apart(blocks: Job, tmp_path: Path) -> None:
+    job = blocks.searching(**{**SHORT, "constraints": [{"blocks": "*", "share": True}]})
+    result = job.search(tmp_path / "search")
+    assert {trial.phase for trial in result.trials} <= {"search", "refine"}
+    for _, found in blocks_of(result, job):
+        assert len({each.settings.technique for each in found}) == 1
+        assert len({tuple(each.weights.values()) for each in found}) == 1
+
+
 def test_a_fixed_lambda_stays(blocks: Job, tmp_path: Path) -> None:
     """Normalised TIES has lambda as a scalar of its own, which a refinement would move."""
     job = blocks.searching(
