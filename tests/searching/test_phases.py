@@ -796,8 +796,8 @@ def test_what_is_said_of_a_block_holds_for_its_parts(whole: Job, tmp_path: Path)
     assert {key.rpartition("/weight")[0] for key in parts[0].config} == {
         f"whole/{name}" for name in ("0-convolutional/conv", "1-vector/head")
     }
-    refined = [trial for trial in result.trials if trial.phase == "refine" and trial.status == "ok"]
-    assert refined
+    assert not [trial.error for trial in result.trials if trial.status == "failed"]
+    assert sum(trial.blocks is not None for trial in result.trials) == 2, "two are refined"
     for _, found in blocks_of(result, job):
         assert all(each.technique == "task_arithmetic" for each in found)
 
