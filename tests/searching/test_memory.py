@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from automerge.errors import SearchError
+from automerge.merging.device import HELD_BYTES
 from automerge.merging.recipe import BASE, InputDigest, Recipe, RecipeBlock
 from automerge.merging.resident import ResidentMerger
 from automerge.merging.technique import load_technique
@@ -270,9 +271,11 @@ def test_on_a_cuda_device_a_merge_goes_through_tiles():
     module = Images().eval()
     arguments = (recipe_of(module), ARCHITECTURE, {"a": module}, {"a": image_task("a", samples=2)})
     found = account_trial(*arguments, device="cuda")
-    assert (found.workspace, found.kept) == (merge_workspace(3, 0), 0)
+    assert (found.workspace, found.kept) == (merge_workspace(3), 0)
     away = account_trial(*arguments, device="cuda", inputs_on_device=False)
-    assert away.workspace == merge_workspace(3, 3 * max(each.nbytes for each in module.parameters()))
+    staged = 3 * max(each.nbytes for each in module.parameters())
+    assert away.workspace == merge_workspace(3) + staged
+    assert merge_workspace(3, [staged, 2 * HELD_BYTES]) == away.workspace
     assert account_trial(*arguments).workspace == 0
 
 

@@ -13,10 +13,10 @@ a materialised score matrix is taken for granted wherever the CPU has it.
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -230,18 +230,24 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _layers(child)
 
 
-def merge_workspace(inputs: int, staged: int) -> int:
-    """Bytes that the merge of one tensor takes on a CUDA device (`automerge.merging.device.DeviceMerge`).
+def merge_workspace(inputs: int, staged: Iterable[int] = ()) -> int:
+    """Bytes that the merge of a tensor takes at most on a CUDA device (`automerge.merging.device.DeviceMerge`).
 
     Args:
         inputs: base and sources.
-        staged: bytes of the largest tensor in all inputs that are not kept on the device.
+        staged: for each tensor the bytes of it in all inputs, where these are not kept on the device.
     """
     tiles = inputs + 5  # of float32: the inputs, a task vector, magnitudes, a mask, the sum, the merged tile
-    return tiles * TILE * 4 + (staged if staged <= HELD_BYTES else 0)
+    return tiles * TILE * 4 + max((size for size in staged if size <= HELD_BYTES), default=0)
 
 
 # --- the ledger
+
+
+@cache
+def _is_made_of_others(func: Any) -> bool:
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return composite in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -322,6 +328,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks for a device
+            return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._value(args[0])
         if func is torch.ops.aten.nonzero.default and self._contracting is not None and isinstance(args[0], FakeTensor):
@@ -329,11 +337,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with args[0].fake_mode:
                 return torch.empty((1, args[0].dim()), dtype=torch.int64)
         # Functions that are made of others arrive whole in inference mode; their parts are to be seen.
-        if func.namespace != "prim":
+        if _is_made_of_others(func):
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         kind = self._kind()
         for tensor in tree_leaves(result):
@@ -465,10 +471,10 @@ class _Merger:
                 }
             for tensor in tree_leaves(self._inputs):
                 ledger.enter(tensor, "inputs")
-        largest = max((each.nbytes for each in tensors.values()), default=0)
         self._workspace = 0
         if device.type == "cuda":
-            self._workspace = merge_workspace(len(self._owners), 0 if on_device else largest * len(self._owners))
+            staged = [] if on_device else [each.nbytes * len(self._owners) for each in tensors.values()]
+            self._workspace = merge_workspace(len(self._owners), staged)
 
     def apply(self, recipe: Recipe, live: Mapping[str, Tensor]) -> list[str]:
         """Take what a merge takes, and give it back."""
