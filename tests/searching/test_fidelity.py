@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 from torch import nn
 
 from automerge.models.architecture import Architecture
@@ -19,6 +19,7 @@ from automerge.searching.fidelity import (
     _Effect,
     _is_positive,
     _normal_value,
+    _tuning,
     _without_skewness,
     cost_slopes,
     make_race,
@@ -372,6 +373,39 @@ def test_variances_and_covariances_are_as_claimed():
     assert observed[0, 1] == pytest.approx(observed[1, 1], rel=0.15)
     assert observed[0, 2] == pytest.approx(observed[2, 2], rel=0.25)
     assert claimed[0] / claimed[2] == pytest.approx((1 / 84 - 1 / 784) / (1 / 384 - 1 / 784), rel=0.15)
+
+
+def test_a_mean_has_the_variance_of_the_rows_that_are_drawn():
+    """By hand, for losses of one part a sample: 4 of 64 rows are certain, 12 of the other 60 are drawn."""
+    generator = np.random.default_rng(11)
+    b, a = generator.gamma(2.0, 0.5, (2, 64))
+    race = make_race(make_slices({"a": samples(64)}, SHARES, 0), objective(), {"a": losses(b)}, CONFIDENCE)
+    order = np.concatenate([race.rows(step)["a"] for step in range(race.steps)])
+    effect = race._effect("a", seen(race, {"a": losses(a)}, 0)["a"])
+    drawn = (a - b)[order[4:16]] / 0.4
+    spread = (60 / 64) ** 2 * (drawn.var(ddof=1) + 3 * (b[order[4:]] / 0.4).var(ddof=1) / 12)
+    assert effect.value == pytest.approx(((a - b)[order[:4]].sum() / 0.4 + 60 * drawn.mean()) / 64)
+    assert effect.variance == pytest.approx(spread * (1 / 12 - 1 / 60))
+    assert effect.first == pytest.approx(effect.variance)
+    assert effect.third == pytest.approx((60 / 64) ** 3 * ((drawn - drawn.mean()) ** 3).mean() / 12**2)
+    later = race._effect("a", seen(race, {"a": losses(a)}, 1)["a"])
+    assert later.first / later.variance == pytest.approx((1 / 12 - 1 / 60) / (1 / 28 - 1 / 60))
+
+
+@pytest.mark.parametrize("level", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("time", [1.0, 7.0])
+def test_the_boundary_is_where_the_mixture_of_likelihood_ratios_is_one_in_level(level, time):
+    """Integrated numerically over the drifts, at the first slice of an eighth and at that of a half."""
+    low, high = 0.0, 10.0
+    while high - low > 1e-9:
+        z = (low + high) / 2
+        effect = _Effect(z / math.sqrt(time), 1 / time, 1.0, 1 / time, 0.0, 10**12)
+        low, high = (low, z) if _is_positive([effect], 0.0, level) else (z, high)
+    weights = stats.halfnorm(scale=math.sqrt(_tuning(level)))
+    path = high * math.sqrt(time)
+    mixture, _ = integrate.quad(lambda drift: weights.pdf(drift) * math.exp(drift * path - drift**2 * time / 2), 0, 30)
+    assert mixture == pytest.approx(1 / level, rel=1e-5)
+    assert high > stats.norm.isf(level)
 
 
 @pytest.mark.parametrize("level", [0.05, 0.1, 0.3])
