@@ -318,7 +318,8 @@ def run_alignment(folder: Path, pair: str, seed: int) -> None:
             outcome = run.evaluator(run.space.recipe_blocks(point))
             measures = {name: Measure.of(scores) for name, scores in outcome.scores.items()}
             figures = {name: each.value(each.preservation(measures)) for name, each in objectives.items()}
-            results = add_row(folder, results, bench.row(run.heads, way, figures=figures))
+            row = bench.row(run.heads, way, figures=figures)
+            results = add_row(folder, results, row.model_copy(update={"pair": results.pair}))
 
 
 def _objectives(run: TrialRun) -> dict[str, Objective]:
