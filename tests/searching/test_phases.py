@@ -678,6 +678,17 @@ def test_recalibrated_it_is_resumed_all_the_same(normed: Watched, tmp_path: Path
         assert (folder / name).read_bytes() == (normed.folder / name).read_bytes()
 
 
+def test_interrupted_the_best_so_far_is_written_as_it_was_measured(norms: Job, tmp_path: Path) -> None:
+    def progress(event: SearchProgress) -> None:
+        if event.done == 5:
+            raise KeyboardInterrupt
+
+    result = norms.search(tmp_path / "search", progress=progress)
+    assert result.stopped == "interrupted"
+    assert Recipe.read(tmp_path / "search" / "recipe.json").recalibrated
+    assert (tmp_path / "search" / "statistics.safetensors").exists()
+
+
 def test_an_average_that_fails_does_not_end_a_search(
     norms: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -93,9 +93,11 @@ def search(
             )
         finally:
             workers.close()
+        # After an interrupt no pass more than is needed: for a recipe that was measured recalibrated it is.
+        recalibrates = result.stopped != "interrupted" or run.evaluator.recalibrate is not None
         if result.front:
-            _write_front(spec, run, objective, result, folder)
-        _write_recipe(run, objective, result.blocks, folder, recalibrates=result.stopped != "interrupted")
+            _write_front(spec, run, objective, result, folder, recalibrates=recalibrates)
+        _write_recipe(run, objective, result.blocks, folder, recalibrates=recalibrates)
         assert result.best.objective is not None  # noqa: S101 - the best trial succeeded
         metrics.set("automerge_search_best_objective", result.best.objective)
     return result
@@ -249,13 +251,15 @@ def _write_recipe(
     return made
 
 
-def _write_front(spec: Spec, run: TrialRun, objective: Objective, result: SearchResult, folder: Path) -> None:
+def _write_front(
+    spec: Spec, run: TrialRun, objective: Objective, result: SearchResult, folder: Path, *, recalibrates: bool
+) -> None:
     """The front's points, each with its recipe and statistics in a folder of its own."""
     shutil.rmtree(folder / POINTS, ignore_errors=True)
     points = []
     for trial, blocks in result.front:
         place = point_folder(folder, trial.number)
-        _write_recipe(run, objective, blocks, place, recalibrates=result.stopped != "interrupted")
+        _write_recipe(run, objective, blocks, place, recalibrates=recalibrates)
         points.append(FrontPoint(number=trial.number, cp=trial.cp, rates=trial.rates))
     Front(tasks=[task.name for task in spec.tasks], points=points).write(folder / FRONT)
 
