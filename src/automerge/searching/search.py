@@ -524,7 +524,8 @@ class _Loop:
         try:
             outcome = future.result()
             measures = {task: Measure.of(scores) for task, scores in outcome.scores.items()}
-            if outcome.fidelity < 1:
+            whole = outcome.fidelity == 1
+            if not whole:
                 assert race is not None  # noqa: S101 - nothing else stops a trial
                 cp, cost = race.estimated_cp(outcome.scores), race.estimate(outcome.scores)
             else:
@@ -540,12 +541,13 @@ class _Loop:
                 phase=ask.phase,
                 origin=ask.origin,
                 config=ask.config,
-                status="ok" if outcome.fidelity == 1 else "stopped",
+                status="ok" if whole else "stopped",
                 cost=cost,
                 objective=1.0 / cost,
-                losses={task: measure.loss for task, measure in measures.items()},
+                # Of a slice they would mislead: it has more of the rows on which the best is worst than the data have.
+                losses={task: measure.loss for task, measure in measures.items()} if whole else {},
                 cp=cp,
-                rates=self.objective.validation_rates(measures),
+                rates=self.objective.validation_rates(measures) if whole else {},
                 samples=outcome.samples,
                 fidelity=outcome.fidelity,
                 seconds=seconds,
