@@ -117,8 +117,8 @@ def large(console: Console) -> None:
 _PARTS = ("weights", "inputs", "activations", "gradients", "workspace")
 
 
-def small(console: Console, rounds: int) -> bool:
-    """The account of a 135 M model on the CPU beside what is measured; whether all are within the tolerance."""
+def small(console: Console, rounds: int) -> None:
+    """The account of a 135 M model on the CPU beside what is measured."""
     table = Table(
         title="SmolLM2-135M, float32, base and 2 sources in the same memory: MB (1e6 bytes), account / measured",
         title_justify="left",
@@ -131,25 +131,28 @@ def small(console: Console, rounds: int) -> bool:
         "allocator",
         "the pass alone",
         "",
-        "all",
+        "peak",
         "",
     )
     for name in names:
         table.add_column(name, justify="left" if name in names[:2] else "right")
-    good = True
+    off: dict[str, list[float]] = {"the pass alone": [], "peak": []}
     for case in SMALL:
         found = account("SmolLM2-135M", case, "cpu", inputs_on_device=True)
         for keeps in (True, False):
             passing, total = measure("SmolLM2-135M", case, rounds, keeps=keeps)
             said = found.passing if keeps else found.allocated
-            pairs = ((said, passing), (said + found.weights + found.inputs, total))
+            pairs = {"the pass alone": (said, passing), "peak": (said + found.weights + found.inputs, total)}
             cells = []
-            for mine, theirs in pairs:
-                good = good and abs(mine / theirs - 1) <= TOLERANCE
-                cells += [f"{mine / 1e6:.0f} / {theirs / 1e6:.0f}", f"{100 * (mine / theirs - 1):+.1f} %"]
+            for what, (mine, theirs) in pairs.items():
+                off[what].append(mine / theirs - 1)
+                cells += [f"{mine / 1e6:.0f} / {theirs / 1e6:.0f}", f"{100 * off[what][-1]:+.1f} %"]
             table.add_row(*_columns(case), "keeps" if keeps else "gives back", *cells)
     console.print(table)
-    return good
+    for what, figures in off.items():
+        worst = max(figures, key=abs)
+        verdict = "within" if abs(worst) <= TOLERANCE else "not within"
+        console.print(f"{what}: at most {100 * worst:+.1f} % off what is measured, {verdict} {100 * TOLERANCE:.0f} %")
 
 
 def main() -> None:
@@ -162,9 +165,7 @@ def main() -> None:
     if arguments.only != "small":
         large(console)
     if arguments.only != "large":
-        good = small(console, arguments.rounds)
-        verdict = "all within" if good else "not all within"
-        console.print(f"{verdict} {100 * TOLERANCE:.0f} % of what is measured")
+        small(console, arguments.rounds)
 
 
 if __name__ == "__main__":
