@@ -13,8 +13,7 @@ configurations, for which costs that are measured once have no use, are left out
 it, the same for all: the *constant liar* of Ginsbourger, Le Riche and Carraro (Kriging is well-suited to parallelize
 optimization, 2010). So the expected improvement falls around pending points, and proposals spread. The lie is the
 largest cost of a point that did not fail: the larger a lie, the farther proposals keep from pending points. Of that
-paper's other two lies, the mean finds as good points but lets a batch collapse now and then, and the smallest is no
-better than none (``benchmarks/search/lies.py``).
+paper's other two lies the mean does as well, and the smallest is no better than none (``benchmarks/search/lies.py``).
 
 **Several objectives.** ParEGO (Knowles, IEEE Transactions on Evolutionary Computation 10(1), 2006) as SMAC has it:
 before each proposal the objectives, each scaled to [0, 1], become one by the augmented Tchebycheff function, with
