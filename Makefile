@@ -67,8 +67,8 @@ format: $(STAMP) ## Rewrite the code in the house format
 schemas: $(STAMP) ## Write docs/schemas from the models
 	$(BIN)/automerge schema --all docs/schemas
 
-pipeline: $(STAMP) ## Compile pipelines/merge_pipeline.yaml
-	$(BIN)/python -m pipelines.merge_pipeline
+pipeline: $(STAMP) ## Compile src/automerge_pipelines/merge_pipeline.yaml
+	$(BIN)/python -m automerge_pipelines.merge_pipeline
 
 clean: ## Remove the environment and everything made here
 	rm -rf $(VENV) $(MERGEKIT_VENV) .demo .benchmark .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info src/automerge/merging/kernels/libkernels.so mlflow.db mlartifacts

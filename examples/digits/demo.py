@@ -21,8 +21,8 @@ from automerge.spec import load_spec  # noqa: E402
 from automerge.stages.documents import EVALUATION, REGISTRATION, Registration  # noqa: E402
 from automerge.storage import upload  # noqa: E402
 from automerge.testing.s3_server import running_s3  # noqa: E402
+from automerge_pipelines.local import run_local  # noqa: E402
 from digits.train import prepare  # noqa: E402
-from pipelines.local import run_local  # noqa: E402
 
 FOLDER = ROOT / ".demo"
 

@@ -6,21 +6,19 @@ resolved by the stages, so that a spec can be read where torch is not installed.
 """
 
 import difflib
-import json
 import os
 import re
-import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from automerge.documents import digest_of
 from automerge.errors import SpecError
 from automerge.plugins import nearest
 from automerge.secrets import SECRET_NAME
+from automerge.written import WrittenModel, decode, validate
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -50,20 +48,14 @@ def _without_credentials(uri: str) -> str:
 Uri = Annotated[str, AfterValidator(_without_credentials)]
 
 
-class SpecModel(BaseModel):
-    """A part of the spec: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class ExampleInput(SpecModel):
+class ExampleInput(WrittenModel):
     """Shape and dtype of one model input; used to trace the model without data."""
 
     shape: list[Annotated[int, Field(ge=1)]] = Field(description="Shape with a batch of 1, e.g. [1, 3, 224, 224].")
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"] = "float32"
 
 
-class ModelSpec(SpecModel):
+class ModelSpec(WrittenModel):
     """How a checkpoint is made to run."""
 
     kind: str = Field(description="Model kind: 'factory' (a Python callable), 'transformers', or a plug-in's name.")
@@ -86,14 +78,14 @@ class ModelSpec(SpecModel):
     )
 
 
-class BaseSpec(SpecModel):
+class BaseSpec(WrittenModel):
     """The common ancestor of the sources."""
 
     uri: Uri = Field(description="Checkpoint: s3://, file:// or a path; a file or a folder.")
     sha256: str | None = Field(default=None, description="Expected digest of the weights; refused if it differs.")
 
 
-class SourceSpec(SpecModel):
+class SourceSpec(WrittenModel):
     """One fine-tuned checkpoint to be merged."""
 
     name: Name
@@ -105,7 +97,7 @@ class SourceSpec(SpecModel):
     )
 
 
-class TaskSpec(SpecModel):
+class TaskSpec(WrittenModel):
     """One capability to be preserved, and the data that measure it."""
 
     name: Name
@@ -128,7 +120,7 @@ class TaskSpec(SpecModel):
         return self
 
 
-class SegmentationSpec(SpecModel):
+class SegmentationSpec(WrittenModel):
     """How the architecture is cut into blocks."""
 
     granularity: Literal["transition", "layer", "tensor", "whole"] = Field(
@@ -148,14 +140,14 @@ DEFAULT_OBJECTIVE: Literal["soft_metric"] = "soft_metric"
 """Chosen by how well it ranks recipes by what they keep on test data: docs/studies/objectives.md."""
 
 
-class EarlyStopSpec(SpecModel):
+class EarlyStopSpec(WrittenModel):
     """Ends a search whose best objective has stopped rising."""
 
     patience: int = Field(ge=1, description="Trials without an improvement after which the search ends.")
     min_improvement: float = Field(default=0.0, ge=0, description="What counts as an improvement of the objective.")
 
 
-class ConstraintSpec(SpecModel):
+class ConstraintSpec(WrittenModel):
     """What is fixed, forbidden or shared in some blocks."""
 
     blocks: str = Field(description="Glob pattern of block names, as `automerge segment` prints them.")
@@ -168,7 +160,7 @@ class ConstraintSpec(SpecModel):
     share: bool = Field(default=False, description="One choice of everything for all these blocks.")
 
 
-class SplitSpec(SpecModel):
+class SplitSpec(WrittenModel):
     """Coarse to fine: the blocks that matter most are cut into layers, which start from their block's best settings."""
 
     rounds: int = Field(default=1, ge=1, description="How often blocks are cut.")
@@ -181,7 +173,7 @@ class SplitSpec(SpecModel):
     )
 
 
-class RefineSpec(SpecModel):
+class RefineSpec(WrittenModel):
     """Gradient refinement of the sources' weights. No parameter of the model is trained, only these scalars."""
 
     granularity: Literal["block", "layer", "tensor"] = Field(
@@ -202,7 +194,7 @@ class RefineSpec(SpecModel):
     patience: int = Field(default=8, ge=1, description="Checks without an improvement after which a start ends.")
 
 
-class FidelitySpec(SpecModel):
+class FidelitySpec(WrittenModel):
     """Multi-fidelity: a trial is measured slice by slice, and stopped when it cannot reach the best one any more."""
 
     slices: list[float] = Field(
@@ -259,7 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a search takes where the spec says nothing, by preset."""
 
 
-class SearchSpec(SpecModel):
+class SearchSpec(WrittenModel):
     """The search for the best recipe. A value left out is taken from the preset (`PRESETS`)."""
 
     preset: Literal["paper", "fast", "best"] = Field(
@@ -350,7 +342,7 @@ class SearchSpec(SpecModel):
         return self
 
 
-class MergeSpec(SpecModel):
+class MergeSpec(WrittenModel):
     """How the merged weights are written."""
 
     dtype: Literal["same", "float32", "float16", "bfloat16"] = Field(
@@ -385,7 +377,7 @@ class MergeSpec(SpecModel):
         return self
 
 
-class EvaluationSpec(SpecModel):
+class EvaluationSpec(WrittenModel):
     """How the result is measured."""
 
     resamples: int = Field(default=2000, ge=100, description="Bootstrap resamples.")
@@ -395,7 +387,7 @@ class EvaluationSpec(SpecModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
-class RegistrySpec(SpecModel):
+class RegistrySpec(WrittenModel):
     """Where the merged model is registered."""
 
     kind: str = Field(default="mlflow", description="Registry kind: 'mlflow', or a plug-in's name.")
@@ -406,7 +398,7 @@ class RegistrySpec(SpecModel):
     )
 
 
-class GateSpec(SpecModel):
+class GateSpec(WrittenModel):
     """What a merged model must keep to be registered."""
 
     min_worst_pr: float | None = Field(
@@ -417,7 +409,7 @@ class GateSpec(SpecModel):
     max_pd: float | None = Field(default=None, ge=0, description="Largest preservation discrepancy, points.")
 
 
-class ComputeSpec(SpecModel):
+class ComputeSpec(WrittenModel):
     """Where the models run."""
 
     device: str = Field(default="auto", pattern=_DEVICE, description="auto, cpu, cuda or cuda:N.")
@@ -436,7 +428,7 @@ class ComputeSpec(SpecModel):
     )
 
 
-class Spec(SpecModel):
+class Spec(WrittenModel):
     """The whole job."""
 
     name: Name = Field(
@@ -538,64 +530,15 @@ def parse_spec(
     Raises:
         SpecError: one sentence for each problem, with its path in the spec.
     """
-    try:
-        value = _decode(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SpecError(f"{where}: not valid YAML or JSON: {_syntax(error)}", "mend it there") from None
-    if not isinstance(value, dict):
-        raise SpecError(f"{where}: the spec is empty or not a mapping", "start from `automerge init`")
+    value = decode(text, where, "spec", "start from `automerge init`")
     value = _substitute(value, os.environ if environment is None else environment, where, "")
-    try:
-        spec = Spec.model_validate(value)
-    except ValidationError as error:
-        raise SpecError("\n".join(_sentence(where, problem) for problem in error.errors())) from None
+    spec = validate(value, Spec, where, _PATTERNS)
     return _anchored(spec, folder) if folder is not None else spec
 
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of the spec, for editors and forms."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key written twice is an error: silently the last one would win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key_node.start_mark)
-            key = (key_node.tag, key_node.value)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is written twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _decode(text: str) -> Any:
-    if text.lstrip().startswith("{"):
-        return json.loads(text, object_pairs_hook=_without_repetition)
-    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} is written twice")
-    return dict(pairs)
-
-
-def _syntax(error: Exception) -> str:
-    """What a parser has to say, and where, in the words of both formats."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"line {error.lineno}, column {error.colno}: {_lower_first(error.msg)}"
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -644,63 +587,3 @@ def _anchored(spec: Spec, folder: Path) -> Spec:
             ],
         }
     )
-
-
-def _sentence(where: str, problem: Any) -> str:
-    """One sentence for one of pydantic's problems, with the nearest valid name where a name is wrong."""
-    location = tuple(problem["loc"])
-    path = ".".join(str(part) for part in location)
-    prefix = f"{where}: {path}: " if path else f"{where}: "
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        valid = _keys_at(location[:-1])
-        return f"{prefix}unknown key; {nearest(str(location[-1]), valid)}"
-    if kind == "missing":
-        return f"{prefix}this key is missing; add it"
-    if kind == "literal_error":
-        valid = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"{prefix}unknown value {_shown(problem['input'])}; {nearest(str(problem['input']), valid)}"
-    if kind == "value_error":
-        return prefix + str(problem["ctx"]["error"])
-    if kind == "string_pattern_mismatch":
-        return f"{prefix}{_shown(problem['input'])} is not valid; use {_PATTERNS[problem['ctx']['pattern']]}"
-    if kind == "model_type":
-        return (
-            f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {', '.join(_keys_at(location))}"
-        )
-    if kind in ("too_short", "too_long"):
-        bound, limit = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
-        count = problem["ctx"][limit]
-        entries = "entry" if count == 1 else "entries"
-        return f"{prefix}expected {bound} {count} {entries}, got {problem['ctx']['actual_length']}"
-    return f"{prefix}{_lower_first(problem['msg'])}, got {_shown(problem['input'])}"
-
-
-def _shown(value: Any, limit: int = 80) -> str:
-    """A value of the spec as JSON, which is how YAML would have it too; shortened."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    """The valid keys of the spec's mapping at one place, found by walking the models' annotations."""
-    model: Any = Spec
-    for part in location:
-        # A number, or a name that the user chose, leads into a list or dict, whose model is found already.
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = _inner_model(model.model_fields[part].annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _inner_model(annotation: Any) -> Any:
-    """The pydantic model inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
-    if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
-        for argument in get_args(annotation):
-            found = _inner_model(argument)
-            if isinstance(found, type) and issubclass(found, BaseModel):
-                return found
-    return annotation
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -12,7 +12,7 @@ from automerge.searching.store import read_trials
 from automerge.segmenting.segmentation import Segmentation
 from automerge.stages.documents import Manifest, Merged, Registration
 from automerge.testing.s3_server import S3Server
-from pipelines.local import run_local
+from automerge_pipelines.local import run_local
 from tests.e2e.tiny import TASKS, prepare, tiny_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -1,0 +1,5 @@
+"""The component ``register``."""
+
+from automerge_components.register.component import register
+
+__all__ = ["register"]

@@ -1,0 +1,5 @@
+"""The component ``search_merge``."""
+
+from automerge_components.search_merge.component import search_merge
+
+__all__ = ["search_merge"]
