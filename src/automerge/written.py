@@ -117,7 +117,8 @@ def _sentence(where: str, problem: Any, model: type[BaseModel], patterns: Mappin
     if kind == "string_pattern_mismatch":
         return f"{prefix}{_shown(problem['input'])} is not valid; use {patterns[problem['ctx']['pattern']]}"
     if kind == "model_type":
-        return f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {', '.join(_keys_at(model, location))}"
+        keys = ", ".join(_keys_at(model, location))
+        return f"{prefix}expected a mapping, got {_shown(problem['input'])}; its keys are {keys}"
     if kind in ("too_short", "too_long"):
         bound, limit = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
         count = problem["ctx"][limit]
