@@ -421,7 +421,8 @@ class ComputeSpec(WrittenModel):
     workers: int = Field(
         default=1,
         ge=1,
-        description="Trials at a time: processes on this machine, one for each GPU where there are some.",
+        description="Trials at a time: processes on this machine, one for each GPU where there are some. On a Dask "
+        "cluster 1 means as many as it has workers at the start.",
     )
     scheduler: str | None = Field(
         default=None, pattern=_SCHEDULER, description="dask://host:port of a Dask cluster whose workers run the trials."

@@ -3,6 +3,7 @@
 The whole stage runs in a process of its own, by the command line, on a model of two layers.
 """
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from automerge.spec import Spec
 from automerge.stages.fetch import fetch
 from automerge.stages.search import search
 from automerge.stages.segment import segment
+from automerge.storage import list_objects, read_object
+from automerge.testing.s3_server import S3Server
 from tests.e2e.tiny import prepare, tiny_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -41,9 +45,10 @@ TOTAL = 30 + 8 + 2
 # Runs the command line with the search's parts wrapped from outside. Arguments: where to die, '<what>:<phase>' ('ask',
 # 'cut': it was just logged; 'evaluation': one of two tasks is measured; 'tell': it was just logged, and the optimiser
 # does not know; 'step': of the refinement, its gradient is not there; 'checkpoint': it was just written; 'never'), at
-# the how manieth, the file that the number of evaluations is written to, and those of the command line.
+# the how manieth, the file that the number of evaluations is written to, and those of the command line. PAUSE in the
+# environment is how many seconds before it dies.
 DRIVER = """
-import atexit, os, signal, sys
+import atexit, os, signal, sys, time
 from collections import Counter
 from pathlib import Path
 from automerge.searching import evaluator, refinement
@@ -60,6 +65,7 @@ def reached(what):
     here = f"{what}:{state['phase']}"
     counts[here] += 1
     if here == place and counts[here] == at:
+        time.sleep(float(os.environ.get("PAUSE", "0")))
         os.kill(os.getpid(), signal.SIGKILL)
 
 def appending(self, event):
@@ -165,10 +171,11 @@ def resumed_there(begun: Begun, run: Path) -> int:
     return int(counter.read_text())
 
 
-def resume(begun: Begun, run: Path, resumed: Callable[[Begun, Path], int]) -> None:
-    """Resume, and hold the outcome against the search that nothing happened to."""
-    before = (run / "search" / "trials.jsonl").read_bytes()
-    _, events, sound = read_log(run / "search" / "trials.jsonl")
+def resume(begun: Begun, run: Path, resumed: Callable[[Begun, Path], int], log: Path | None = None) -> None:
+    """Resume, from ``log`` if it is not the run's, and hold the outcome against the search that nothing happened to."""
+    log = log or run / "search" / "trials.jsonl"
+    before = log.read_bytes()
+    _, events, sound = read_log(log)
     paid = sum(isinstance(event, Tell) for event in events)
     evaluations = resumed(begun, run)
 
@@ -259,9 +266,73 @@ def test_sigterm_then_resume(begun: Begun, tmp_path: Path) -> None:
     """How a scheduler ends a process that it moves elsewhere."""
     run = begun.copy(tmp_path / "run")
     ended = signalled(begun, run, signal.SIGTERM)
-    assert ended.returncode == -signal.SIGTERM
-    assert not (run / "search" / "recipe.json").exists()
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == "interrupted: nothing is lost; go on with --resume"
+    assert (run / "search" / "recipe.json").exists()
     resume(begun, run, resumed_there)
+
+
+@pytest.fixture
+def mirror(s3_env: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place on a real S3 server that has nothing yet; searches are copied there ten times a second."""
+    place = f"s3://{s3_env.bucket}/{tmp_path.name}"
+    monkeypatch.setenv("AUTOMERGE_MIRROR", place)
+    monkeypatch.setenv("AUTOMERGE_MIRROR_SECONDS", "0.1")
+    return place
+
+
+def unpacked(mirror: str, folder: Path) -> Path:
+    """What a mirror has of the one search that is in it."""
+    (copy,) = list_objects(mirror)
+    there = read_object(copy.uri)
+    assert there is not None
+    with zipfile.ZipFile(io.BytesIO(there.content)) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "at", "pause"), [("evaluation:search", 25, 0.0), ("evaluation:split-1", 2, 1.0), ("step:refine", 33, 1.0)]
+)
+def test_sigkill_then_resume_elsewhere(
+    begun: Begun, tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch, place: str, at: int, pause: float
+) -> None:
+    """The node is lost with its disk: what the mirror has is gone on from, and costs nothing again."""
+    run = begun.copy(tmp_path / "run")
+    monkeypatch.setenv("PAUSE", str(pause))
+    killed = drive(place, at, tmp_path / "counter", begun.arguments(run))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    log = (run / "search" / "trials.jsonl").read_bytes()
+    copy = unpacked(mirror, tmp_path / "copy")
+    copied = (copy / "trials.jsonl").read_bytes()
+    assert log.startswith(copied)
+    assert copied.count(b"\n") > 1
+    if pause:  # there was time for all
+        assert copied == log
+    for state in copy.glob("refinement-*.json"):
+        assert state.read_bytes() == (run / "search" / state.name).read_bytes()
+    assert any(copy.glob("refinement-*.json")) == (place == "step:refine")
+    shutil.rmtree(run)
+
+    elsewhere = begun.copy(tmp_path / "elsewhere")
+    resume(begun, elsewhere, resumed_there, copy / "trials.jsonl")
+
+
+def test_sigterm_then_resume_elsewhere(
+    begun: Begun, tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done since the last copy is copied in the time that is left."""
+    monkeypatch.setenv("AUTOMERGE_MIRROR_SECONDS", "3600")
+    run = begun.copy(tmp_path / "run")
+    start = time.monotonic()
+    ended = signalled(begun, run, signal.SIGTERM)
+    assert ended.returncode == 130, ended.stderr
+    print(f"\nended {time.monotonic() - start:.1f} s after its start")
+    copy = unpacked(mirror, tmp_path / "copy")
+    assert (copy / "trials.jsonl").read_bytes() == (run / "search" / "trials.jsonl").read_bytes()
+    shutil.rmtree(run)
+    resume(begun, begun.copy(tmp_path / "elsewhere"), resumed_there, copy / "trials.jsonl")
 
 
 def test_without_resume_a_begun_search_is_left_alone(begun: Begun, tmp_path: Path) -> None:

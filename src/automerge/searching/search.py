@@ -134,25 +134,7 @@ def search(
         KeyboardInterrupt: the search was interrupted before any trial succeeded.
     """
     objective.check()
-    spec = space.spec
-    warm: list[tuple[str, Mapping[str, object]]] = [
-        *(space.warm_starts() if spec.warm_start else []),
-        *space.start_points,
-    ]
-    further = {"split", "refine"} - {name for name in ("split", "refine") if getattr(spec, name) is None}
-    # More trials may be added to a search that ended, but not before phases that began from its end.
-    free = {"max_seconds", "max_samples", "trial_seconds"} | (set() if further else {"trials", "early_stop"})
-    shape = spec.model_dump(mode="json", exclude={"preset", "initial", "warm_start", "start_from", *free})
-    whole_identity = digest_of(
-        {
-            "inputs": identity,
-            "search": {**shape, "warm": warm},
-            "initial": spec.initial,
-            "workers": workers.capacity,
-            "blocks": [block.model_dump(mode="json") for block in space.blocks],
-            "techniques": list(space.techniques),
-        }
-    )
+    whole_identity = search_identity(space, workers, identity)
     header = Header(identity=whole_identity, hardware=hardware, objective=objective)
     store = TrialStore.resume(store_path, whole_identity) if resume else TrialStore.create(store_path, header)
     if store.header.hardware != hardware:
@@ -164,10 +146,39 @@ def search(
         )
     loop = _Loop(space, workers, store, progress, plan)
     try:
-        stopped = loop.run(warm)
+        stopped = loop.run(_warm(space))
     finally:
         store.close()
     return loop.result(stopped)
+
+
+def search_identity(space: "SearchSpace", workers: Workers, inputs: str) -> str:
+    """Digest of all that shapes a search: its log carries it, and only a search of the same identity goes on from it.
+
+    Args:
+        space, workers: as of `search`.
+        inputs: its ``identity``.
+    """
+    spec = space.spec
+    further = {"split", "refine"} - {name for name in ("split", "refine") if getattr(spec, name) is None}
+    # More trials may be added to a search that ended, but not before phases that began from its end.
+    free = {"max_seconds", "max_samples", "trial_seconds"} | (set() if further else {"trials", "early_stop"})
+    shape = spec.model_dump(mode="json", exclude={"preset", "initial", "warm_start", "start_from", *free})
+    return digest_of(
+        {
+            "inputs": inputs,
+            "search": {**shape, "warm": _warm(space)},
+            "initial": spec.initial,
+            "workers": workers.capacity,
+            "blocks": [block.model_dump(mode="json") for block in space.blocks],
+            "techniques": list(space.techniques),
+        }
+    )
+
+
+def _warm(space: "SearchSpace") -> list[tuple[str, Mapping[str, object]]]:
+    """The points that are tried first."""
+    return [*(space.warm_starts() if space.spec.warm_start else []), *space.start_points]
 
 
 class _Loop:

@@ -134,9 +134,7 @@ class TrialStore:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
         except OSError:
             self._file.close()
-            raise SearchError(
-                f"{path}: another process is searching here", "wait for it, end it, or start in another folder"
-            ) from None
+            raise _in_use(path) from None
         try:
             self.header, self.events, length = read_log(path)
             if self.header.identity != identity:
@@ -188,6 +186,23 @@ class TrialStore:
         os.fsync(self._file.fileno())
 
 
+def replace_log(path: Path, content: bytes) -> None:
+    """Put a log, of the same search, in the place of another one or of none.
+
+    Raises:
+        SearchError: another process has the log open.
+    """
+    if not path.exists():
+        write_atomically(path, content)
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise _in_use(path) from None
+        write_atomically(path, content)
+
+
 def refuse_begun(path: Path) -> None:
     """Raise where there is a log already.
 
@@ -235,6 +250,10 @@ def read_log(path: Path) -> tuple[Header, list[Event], int]:
     if header is None:
         raise SearchError(f"{path}: has no header", "start in another folder")
     return header, events, length
+
+
+def _in_use(path: Path) -> SearchError:
+    return SearchError(f"{path}: another process is searching here", "wait for it, end it, or start in another folder")
 
 
 def _refuse_other_format(path: Path, header: object) -> None:

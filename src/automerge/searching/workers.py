@@ -459,17 +459,20 @@ class DaskWorkers(_Closing):
     Args:
         address: ``dask://host:port`` of the scheduler.
         factory: called once in each process, with index 0; what it reads must be there on all workers.
+        count: trials at a time. None: as many as there are Dask workers at the start.
         trial_seconds: see `ProcessWorkers`.
 
     Attributes:
-        capacity: how many Dask workers there were at the start.
+        capacity: trials at a time.
 
     Raises:
         MissingExtraError: Dask is not installed.
         SearchError: no scheduler answers, or it has no workers.
     """
 
-    def __init__(self, address: str, factory: "Factory", *, trial_seconds: float | None = None) -> None:
+    def __init__(
+        self, address: str, factory: "Factory", count: int | None = None, *, trial_seconds: float | None = None
+    ) -> None:
         try:
             from distributed import Client
         except ImportError:
@@ -492,7 +495,7 @@ class DaskWorkers(_Closing):
             raise SearchError(
                 f"the Dask scheduler at {address} has no workers", f"start some: dask worker {host}"
             ) from None
-        self.capacity = len(self._client.nthreads())
+        self.capacity = count or len(self._client.nthreads())
         self._executor = self._client.get_executor(pure=False)
         self._there = _There(self._client.id, factory, trial_seconds)
         self._ready: Future[None] = Future()

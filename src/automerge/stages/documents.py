@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 MERGED = "merged.json"
 SEGMENTATION = "segmentation.json"
 TRIALS = "trials.jsonl"
+REFINEMENT = "refinement-{}.json"  # the state of the one that starts from a trial, by its number
 RECIPE = "recipe.json"
 FRONT = "front.json"
 STATISTICS = "statistics.safetensors"
@@ -58,6 +59,11 @@ class Input(Model):
     path: str = Field(description="File or folder, relative to the manifest's folder.")
     digest: str = Field(description="A checkpoint's digest (its weights only), or the digest of all files of data.")
     files: list[FileRecord]
+
+    @property
+    def place(self) -> str:
+        """The folder of its files, relative to the manifest's."""
+        return f"{'checkpoints' if self.role in ('base', 'source') else 'data'}/{self.name}"
 
     @property
     def is_adapter(self) -> bool:

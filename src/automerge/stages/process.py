@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from automerge.errors import AutoMergeError
@@ -18,6 +21,9 @@ log = logging.getLogger(__name__)
 ERROR_PREFIX = "error: "
 """What the sentence of a user's error begins with on stderr, so that whoever reads the log can find it."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM in a search, by the shell's convention."""
+
 LOG_EVERY_TRIALS = 10
 
 
@@ -30,7 +36,7 @@ def stage_process() -> Iterator[None]:
     keeps its traceback.
 
     Raises:
-        SystemExit: an AutoMergeError was raised inside.
+        SystemExit: an AutoMergeError was raised inside, or it was interrupted.
     """
     level = os.environ.get("AUTOMERGE_LOG_LEVEL", "INFO").upper()
     configure_logs(
@@ -45,6 +51,31 @@ def stage_process() -> Iterator[None]:
     except AutoMergeError as error:
         print(f"{ERROR_PREFIX}{redact(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{ERROR_PREFIX}interrupted; run the task again", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """While the context lasts, SIGTERM, by which a scheduler ends a process, is what Ctrl-C is; a second one ends it.
+
+    Nothing happens in another thread than the main one, or where the process has a handler of its own.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def log_progress(event: "SearchProgress") -> None:

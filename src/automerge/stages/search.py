@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,27 @@ from automerge.searching.fidelity import make_slices, stratified_order
 from automerge.searching.objective import Measure, Objective
 from automerge.searching.recalibration import recalibrate
 from automerge.searching.refinement import Refined, Split, refine, tensor_gradients
-from automerge.searching.search import Plan, SearchProgress, SearchResult
+from automerge.searching.search import Plan, SearchProgress, SearchResult, search_identity
 from automerge.searching.search import search as run_search
 from automerge.searching.store import refuse_begun
 from automerge.searching.workers import DaskWorkers, InProcess, ProcessWorkers, Workers
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import RefineSpec, Spec
-from automerge.stages.documents import FRONT, RECIPE, STATISTICS, TRIALS, Front, FrontPoint
+from automerge.stages.cache import SearchFiles, StatisticsFile
+from automerge.stages.documents import (
+    FRONT,
+    MANIFEST,
+    RECIPE,
+    REFINEMENT,
+    STATISTICS,
+    TRIALS,
+    Front,
+    FrontPoint,
+    Manifest,
+)
 from automerge.stages.front import POINTS, point_folder
+from automerge.stages.mirror import Mirror, statistics_key
+from automerge.stages.process import interrupted_by_sigterm
 from automerge.stages.segment import segmentation_of
 from automerge.stages.trials import EvaluatorFactory, TrialRun, identity_of
 from automerge.storage import download
@@ -34,9 +48,6 @@ from automerge.tasks.task import Scores
 from automerge.telemetry.metrics import StageMetrics, observe_stage
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "refinement-{}.json"
-"""Of the refinement that starts from a trial, by its number."""
 
 
 def search(
@@ -54,43 +65,56 @@ def search(
     the end if the recipe has recalibrated buffers. A search for the Pareto front also writes ``front.json``, and the
     recipe of each of its points in a folder of its own below ``front``.
 
+    Where ``AUTOMERGE_MIRROR`` names a place, a copy of what the search has reached is kept there, and one that is there
+    already is gone on from (`automerge.stages.mirror`). SIGTERM interrupts the search as Ctrl-C does.
+
     Args:
         spec: the spec.
         inputs: folder that `fetch` wrote.
         segmentation: folder that `segment` wrote.
         folder: where trials and recipe are written.
-        resume: go on with the search that was begun in ``folder``; without one there, begin it.
+        resume: go on with the search that was begun in ``folder`` or is in the mirror; without one, begin it.
         progress: called after each trial.
 
     Raises:
         AutoMergeError: the inputs do not fit each other, or the search cannot start, go on or be resumed.
     """
-    with observe_stage("search", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
+    observed = observe_stage("search", pipeline=spec.name, family=spec.model.target, folder=folder)
+    with interrupted_by_sigterm(), observed as metrics:
         store = folder / TRIALS
         if not resume:
             refuse_begun(store)
         if not store.exists():
-            for checkpoint in folder.glob(CHECKPOINT.format("*")):  # of a search whose log is gone
+            for checkpoint in folder.glob(REFINEMENT.format("*")):  # of a search whose log is gone
                 checkpoint.unlink()
+        mirror = Mirror.of_environment(metrics)
+        if mirror is not None:
+            mirror.restore_statistics(_statistics_key(spec, inputs), folder)
         run = TrialRun.load(spec, inputs, segmentation, folder)
         scores = run.reference_scores()
         objective = run.objective(scores)
         if run.recalibration_pays(objective):
             run.recalibrate_trials()
         space = replace(run.space, start_points=_start_points(spec, run))
-        workers = _workers(spec, run, inputs, segmentation, folder)
+        if mirror is not None and run.statistics is not None:
+            mirror.hold_statistics(_statistics_key(spec, inputs), folder / STATISTICS)
+        workers = _workers(spec, run, inputs, segmentation, folder, mirror)
         try:
-            result = run_search(
-                space,
-                workers,
-                objective,
-                store_path=store,
-                identity=identity_of(spec, run.loaded.inputs, run.statistics),
-                hardware=f"{run.loaded.device.type} with {torch.get_num_threads()} threads",
-                resume=resume and store.exists(),
-                progress=_observed(progress, metrics),
-                plan=_plan(spec, run, objective, scores, folder),
-            )
+            identity = identity_of(spec, run.loaded.inputs.manifest, run.statistics)
+            if mirror is not None:
+                mirror.restore(search_identity(space, workers, identity), folder, resume=resume)
+            with mirror.kept(folder) if mirror is not None else nullcontext():
+                result = run_search(
+                    space,
+                    workers,
+                    objective,
+                    store_path=store,
+                    identity=identity,
+                    hardware=f"{run.loaded.device.type} with {torch.get_num_threads()} threads",
+                    resume=resume and store.exists(),
+                    progress=_observed(progress, metrics, mirror),
+                    plan=_plan(spec, run, objective, scores, folder),
+                )
         finally:
             workers.close()
         # After an interrupt no pass more than is needed: for a recipe that was measured recalibrated it is.
@@ -123,23 +147,35 @@ def _start_points(spec: Spec, run: TrialRun) -> list[tuple[str, Mapping[str, obj
     return points
 
 
-def _workers(spec: Spec, run: TrialRun, inputs: Path, segmentation: Path, folder: Path) -> Workers:
+def _statistics_key(spec: Spec, inputs: Path) -> str:
+    """Names the statistics in the mirror."""
+    return statistics_key(identity_of(spec, Manifest.read(inputs / MANIFEST), None), spec)
+
+
+def _workers(
+    spec: Spec, run: TrialRun, inputs: Path, segmentation: Path, folder: Path, mirror: Mirror | None
+) -> Workers:
     """Where the trials run: here, in processes of their own, or on a cluster."""
     compute = spec.compute
     if compute.scheduler is None and compute.workers == 1 and spec.search.trial_seconds is None:
         return InProcess(run.evaluator)
     folder.mkdir(parents=True, exist_ok=True)
     threads = compute.threads or max(1, torch.get_num_threads() // compute.workers)
+    statistics = None
+    if run.statistics is not None:
+        uri = mirror.statistics_uri(_statistics_key(spec, inputs)) if mirror is not None else None
+        statistics = StatisticsFile.of(run.statistics, folder / STATISTICS, uri)
     factory = EvaluatorFactory(
         spec.model_dump_json(),
-        inputs.absolute(),
-        segmentation.absolute(),
-        folder.absolute(),
+        SearchFiles.of(inputs, segmentation, folder, statistics),
         threads,
         recalibrates=run.evaluator.recalibrate is not None,
     )
     if compute.scheduler is not None:
-        return DaskWorkers(compute.scheduler, factory, trial_seconds=spec.search.trial_seconds)
+        if mirror is not None:
+            mirror.copy_statistics()  # the workers may have no other way to them
+        count = compute.workers if compute.workers > 1 else None
+        return DaskWorkers(compute.scheduler, factory, count, trial_seconds=spec.search.trial_seconds)
     cuda = run.loaded.device.type == "cuda"
     devices = [str(index) for index in range(torch.cuda.device_count())] if cuda and compute.workers > 1 else None
     return ProcessWorkers(factory, compute.workers, trial_seconds=spec.search.trial_seconds, devices=devices)
@@ -172,7 +208,7 @@ def _plan(spec: Spec, run: TrialRun, objective: Objective, scores: Mapping[str, 
             search.refine,
             free=lambda block: _free(block, run),
             seed=search.seed,
-            checkpoint=folder / CHECKPOINT.format(number),
+            checkpoint=folder / REFINEMENT.format(number),
             batch_statistics=run.batch_statistics,
         )
 
@@ -294,12 +330,17 @@ def _with_statistics(
 
 
 def _observed(
-    progress: Callable[[SearchProgress], None] | None, metrics: StageMetrics
+    progress: Callable[[SearchProgress], None] | None, metrics: StageMetrics, mirror: Mirror | None
 ) -> Callable[[SearchProgress], None]:
-    """Counts each trial of this process in the metrics, then passes it on."""
+    """Counts each trial of this process in the metrics, has each phase copied, then passes the trial on."""
+    phase: str | None = None
 
     def observe(event: SearchProgress) -> None:
+        nonlocal phase
         if not event.replayed:
+            if mirror is not None and phase is not None and event.trial.phase != phase:
+                mirror.copy_soon()
+            phase = event.trial.phase
             metrics.add("automerge_search_trials_total", status=event.trial.status)
             if event.trial.status != "cached":
                 metrics.observe("automerge_search_trial_duration_seconds", event.trial.seconds)

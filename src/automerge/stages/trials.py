@@ -32,7 +32,8 @@ from automerge.searching.objective import TEMPERATURES, Measure, Objective, Task
 from automerge.searching.recalibration import batch_norms, batch_statistics, recalibrate_live
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import SearchSpec, Spec
-from automerge.stages.documents import STATISTICS, TRIALS
+from automerge.stages.cache import SearchFiles
+from automerge.stages.documents import STATISTICS, TRIALS, Manifest
 from automerge.stages.inputs import Inputs, techniques_of
 from automerge.stages.loading import Loaded, mergeable_blocks, prepare_compute, read_segmentation
 from automerge.tasks.task import Scores
@@ -241,19 +242,17 @@ class TrialRun:
 
 @dataclass(frozen=True)
 class EvaluatorFactory:
-    """Makes the evaluator in a worker's process, from the folders of the earlier stages; picklable.
+    """Makes the evaluator in a worker's process, here or elsewhere; picklable.
 
     Attributes:
-        spec: the spec as JSON, with absolute paths.
-        inputs, segmentation, folder: as of `TrialRun.load`.
+        spec: the spec as JSON, with absolute paths. Of its ``python_path`` a worker takes the folders that it has.
+        files: what the earlier stages wrote.
         threads: CPU threads of torch in the worker.
         recalibrates: whether trials are measured with recalibrated BatchNorm statistics.
     """
 
     spec: str
-    inputs: Path
-    segmentation: Path
-    folder: Path
+    files: SearchFiles
     threads: int
     recalibrates: bool = False
 
@@ -261,7 +260,9 @@ class EvaluatorFactory:
         """The evaluator of worker ``index``."""
         spec = Spec.model_validate_json(self.spec)
         compute = spec.compute.model_copy(update={"threads": self.threads})
-        run = TrialRun.load(spec.model_copy(update={"compute": compute}), self.inputs, self.segmentation, self.folder)
+        python_path = [folder for folder in spec.model.python_path if Path(folder).is_dir()]
+        model = spec.model.model_copy(update={"python_path": python_path})
+        run = TrialRun.load(spec.model_copy(update={"compute": compute, "model": model}), *self.files.here())
         if self.recalibrates:
             run.recalibrate_trials()
         return run.evaluator
@@ -285,7 +286,7 @@ def gathered_statistics(
     names = [name for block in recipe.blocks for name in block.parameters]
     made_from = digest_of(
         {
-            "inputs": identity_of(spec, loaded.inputs, None),
+            "inputs": identity_of(spec, loaded.inputs.manifest, None),
             "kinds": list(kinds),
             "names": sorted(names),
             "samples": [FISHER_SAMPLES, GRAM_SAMPLES],
@@ -322,9 +323,9 @@ def gathered_statistics(
     return Statistics(infos, tensors.__getitem__, where=str(path), digest=digest, metadata={"gathered": made_from})
 
 
-def identity_of(spec: Spec, opened: Inputs, statistics: Statistics | None) -> str:
+def identity_of(spec: Spec, manifest: Manifest, statistics: Statistics | None) -> str:
     """Digest of what shapes the losses: what is merged, how the model runs, on which data, and the statistics of it."""
-    digests = opened.manifest.digests()
+    digests = manifest.digests()
     return digest_of(
         {
             **({"statistics": statistics.gathered_digest()} if statistics is not None else {}),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote, unquote, urlsplit
 
+from automerge.documents import write_atomically
 from automerge.errors import StorageError
-from automerge.storage.objects import DownloadedFile, ObjectInfo
+from automerge.storage.objects import DownloadedFile, ObjectInfo, StoredObject
 
 _CHUNK = 4 * 2**20
 # linux/fs.h: share the blocks of another file until one of the two is written to.
@@ -91,6 +92,39 @@ def upload_file(path: Path, uri: str) -> ObjectInfo:
     return _info(target, target.name)
 
 
+def find_object(uri: str) -> ObjectInfo | None:
+    """What a file is now; None if there is none."""
+    path = local_path(uri)
+    return _info(path, path.name) if path.is_file() else None
+
+
+def read_object(uri: str) -> StoredObject | None:
+    """A whole file; None if there is none."""
+    try:
+        with local_path(uri).open("rb") as file:
+            return StoredObject(file.read(), _etag(os.fstat(file.fileno())))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _fail(uri, "read", error)
+
+
+def write_object(uri: str, content: bytes, replacing: str | None) -> str | None:
+    """Write a file if it is the one that is to be replaced; a lock beside it makes that one step."""
+    path = local_path(uri)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _etag(path.stat()) if path.exists() else None
+            if found != replacing:
+                return None
+            write_atomically(path, content)
+            return _etag(path.stat())
+    except OSError as error:
+        _fail(uri, "written", error)
+
+
 def child(uri: str, key: str) -> str:
     """The URI or path of a key below a folder."""
     return f"{uri.rstrip('/')}/{quote(key) if uri.startswith('file://') else key}"
@@ -137,8 +171,11 @@ def _digest(path: Path) -> str:
 
 def _info(path: Path, key: str) -> ObjectInfo:
     status = path.stat()
-    etag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
-    return ObjectInfo(str(path.absolute()), key, status.st_size, etag)
+    return ObjectInfo(str(path.absolute()), key, status.st_size, _etag(status))
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def _no_such(uri: str, path: Path) -> StorageError:

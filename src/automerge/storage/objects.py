@@ -22,6 +22,19 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True)
+class StoredObject:
+    """The content of a small object, and which version of it that is.
+
+    Attributes:
+        content: all of it.
+        etag: of this version; what `automerge.storage.write_object` asks for.
+    """
+
+    content: bytes
+    etag: str
+
+
+@dataclass(frozen=True)
 class DownloadedFile:
     """One object that is now a local file.
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from automerge.documents import digest_of, write_atomically
 from automerge.errors import MissingExtraError, StorageError
 from automerge.storage.local import check_digest
-from automerge.storage.objects import DownloadedFile, ObjectInfo
+from automerge.storage.objects import DownloadedFile, ObjectInfo, StoredObject
 
 # Large enough that a request's latency does not count, small enough that little is lost with a broken connection.
 PART_BYTES = 8 * 2**20
@@ -52,6 +52,8 @@ _DENIED = {
 }
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _REPLACED = {"412", "PreconditionFailed"}
+# The second is Amazon's answer to the later one of two writes at the same moment.
+_CONFLICT = _REPLACED | {"409", "ConditionalRequestConflict"}
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, if temporary), or AWS_PROFILE"
 
 
@@ -151,6 +153,54 @@ def upload_file(path: Path, uri: str) -> ObjectInfo:
     if found is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise StorageError(f"{path}: changed while it was uploaded to {target}", "upload it again")
     return ObjectInfo(target, key.rsplit("/", 1)[-1], found.size, found.etag)
+
+
+def find_object(uri: str) -> ObjectInfo | None:
+    """What an object is now; None if there is none."""
+    bucket, key = _split(uri, needs_key=True)
+    with _translated(uri):
+        found = _head(uri, bucket, key)
+    return None if found is None else ObjectInfo(uri, key.rsplit("/", 1)[-1], found.size, found.etag)
+
+
+def read_object(uri: str) -> StoredObject | None:
+    """A whole object; None if there is none."""
+    bucket, key = _split(uri, needs_key=True)
+    with _translated(uri):
+        from botocore.exceptions import ClientError
+
+        etag = ""
+
+        def get() -> bytes:
+            nonlocal etag
+            answer = _client().get_object(Bucket=bucket, Key=key)
+            etag = str(answer["ETag"])
+            body: bytes = answer["Body"].read()
+            return body
+
+        try:
+            return StoredObject(_retried(get, uri), etag)
+        except ClientError as error:
+            if _code(error) not in _ABSENT:
+                raise
+            _check_bucket(uri, bucket)
+            return None
+
+
+def write_object(uri: str, content: bytes, replacing: str | None) -> str | None:
+    """Write an object by a conditional request."""
+    bucket, key = _split(uri, needs_key=True)
+    condition = {"IfNoneMatch": "*"} if replacing is None else {"IfMatch": replacing}
+    with _translated(uri):
+        from botocore.exceptions import ClientError
+
+        try:
+            answer = _client().put_object(Bucket=bucket, Key=key, Body=content, ChecksumAlgorithm="SHA256", **condition)
+        except ClientError as error:
+            if _code(error) in _CONFLICT or (replacing is not None and _code(error) in _ABSENT):
+                return None
+            raise
+    return str(answer["ETag"])
 
 
 def child(uri: str, key: str) -> str:

@@ -9,20 +9,25 @@ from typing import Protocol
 from automerge.errors import StorageError
 from automerge.plugins import nearest
 from automerge.storage import local, s3
-from automerge.storage.objects import DownloadedFile, ObjectInfo
+from automerge.storage.objects import DownloadedFile, ObjectInfo, StoredObject
 from automerge.storage.record import FetchRecord, kept_file
 
 __all__ = [
     "DownloadedFile",
     "ObjectInfo",
     "Store",
+    "StoredObject",
+    "check_scheme",
     "download",
     "fetch",
     "fetch_all",
+    "find_object",
     "list_objects",
+    "read_object",
     "read_range",
     "schemes",
     "upload",
+    "write_object",
 ]
 
 # Objects fetched at a time; each large one is itself fetched in parallel parts.
@@ -37,6 +42,9 @@ class Store(Protocol):
     def download(self, uri: str, destination: Path, sha256: str | None = None) -> DownloadedFile: ...
     def upload_file(self, path: Path, uri: str) -> ObjectInfo: ...
     def child(self, uri: str, key: str) -> str: ...
+    def find_object(self, uri: str) -> ObjectInfo | None: ...
+    def read_object(self, uri: str) -> StoredObject | None: ...
+    def write_object(self, uri: str, content: bytes, replacing: str | None) -> str | None: ...
 
 
 _STORES: dict[str, Store] = {"file": local, "s3": s3}
@@ -155,9 +163,56 @@ def upload(path: Path, uri: str) -> list[ObjectInfo]:
     return [_uploaded(store, path / key, uri, key) for key in keys]
 
 
+def find_object(uri: str) -> ObjectInfo | None:
+    """What one file or object is now; None if there is none.
+
+    Raises:
+        StorageError: the store does not answer, or does not let us look.
+    """
+    return _store(uri).find_object(uri)
+
+
+def read_object(uri: str) -> StoredObject | None:
+    """Read one small file or object whole, with the etag of what was read; None if there is none.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return _store(uri).read_object(uri)
+
+
+def write_object(uri: str, content: bytes, *, replacing: str | None) -> str | None:
+    """Write one small file or object, unless somebody else has written it since one last looked.
+
+    Of several processes that write to one place at once, one succeeds, and a reader sees the whole of the one or of the
+    other. An S3 server has to know conditional writes (``If-Match``, ``If-None-Match``), as Amazon's does.
+
+    Args:
+        uri: where to.
+        content: all of it.
+        replacing: the etag of what shall be replaced; None: nothing is there yet.
+
+    Returns:
+        The new etag; None, and nothing is written, if what is there is something else.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    return _store(uri).write_object(uri, content, replacing)
+
+
 def _uploaded(store: Store, path: Path, uri: str, key: str) -> ObjectInfo:
     written = store.upload_file(path, store.child(uri, key))
     return ObjectInfo(written.uri, key, written.size, written.etag)
+
+
+def check_scheme(uri: str) -> None:
+    """Refuse a URI whose scheme no store knows.
+
+    Raises:
+        StorageError: it is one.
+    """
+    _store(uri)
 
 
 def schemes() -> Sequence[str]:

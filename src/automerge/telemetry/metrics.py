@@ -59,6 +59,13 @@ _DEFINITIONS = (
         "Unix time at which the last successful run ended; kept when a later run fails.",
     ),
     MetricDefinition("automerge_stage_last_run_success", "gauge", "1 if the last run succeeded, 0 if it failed."),
+    MetricDefinition("automerge_run_last_end_timestamp_seconds", "gauge", "Unix time at which the last run ended."),
+    MetricDefinition(
+        "automerge_run_last_success_timestamp_seconds",
+        "gauge",
+        "Unix time at which the last run without a failed task ended; a run whose model the gate refused is one.",
+    ),
+    MetricDefinition("automerge_run_last_success", "gauge", "1 if no task of the last run failed, else 0."),
     MetricDefinition("automerge_fetch_size_bytes", "gauge", "Size of all inputs of the last fetch."),
     MetricDefinition("automerge_fetch_downloaded_bytes", "gauge", "What the last fetch had to download."),
     MetricDefinition("automerge_segment_blocks", "gauge", "Blocks of the segmentation."),
@@ -70,6 +77,14 @@ _DEFINITIONS = (
         "histogram",
         "Time from a trial's proposal to its result; cached trials are left out.",
         buckets=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0),
+    ),
+    MetricDefinition(
+        "automerge_search_mirror_last_success_timestamp_seconds",
+        "gauge",
+        "Unix time at which the search was last seen to be whole in its mirror.",
+    ),
+    MetricDefinition(
+        "automerge_search_mirror_failures_total", "counter", "Attempts of this search to reach its mirror that failed."
     ),
     MetricDefinition("automerge_merge_parameters", "gauge", "Parameters that the last merge wrote."),
     MetricDefinition("automerge_merge_size_bytes", "gauge", "Size of the merged weights."),
