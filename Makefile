@@ -6,9 +6,15 @@ STAMP := $(VENV)/.installed
 KERNELS := $(wildcard src/automerge/merging/kernels/*.[ch])
 MERGEKIT_VENV := .venv-mergekit
 MERGEKIT_STAMP := $(MERGEKIT_VENV)/.installed
+DOCKER ?= docker
+IMAGE ?= automerge
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TAG ?= $(VERSION)
+REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
+SOURCE ?=
 MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline clean
+.PHONY: help install demo test test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline images clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,8 +73,17 @@ format: $(STAMP) ## Rewrite the code in the house format
 schemas: $(STAMP) ## Write docs/schemas from the models
 	$(BIN)/automerge schema --all docs/schemas
 
-pipeline: $(STAMP) ## Compile src/automerge_pipelines/merge_pipeline.yaml
-	$(BIN)/python -m automerge_pipelines.merge_pipeline
+pipeline: $(STAMP) ## Compile the pipeline and the components, and write the components' READMEs
+	$(BIN)/python -m automerge_components.generate
+	$(BIN)/automerge compile --output src/automerge_pipelines/merge_pipeline.yaml
+
+# Where pip looks in the build is taken from the environment, so that no password is on a command line.
+BUILD_ARGS = $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST,$(if $($(name)),--build-arg $(name))) \
+	--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE)
+
+images: ## Build the CPU images $(IMAGE) and $(IMAGE)-trigger with the local Docker
+	$(DOCKER) build $(DOCKER_BUILD_FLAGS) $(BUILD_ARGS) --file docker/Dockerfile --target trigger --tag $(IMAGE)-trigger:$(TAG) .
+	$(DOCKER) build $(DOCKER_BUILD_FLAGS) $(BUILD_ARGS) --file docker/Dockerfile --tag $(IMAGE):$(TAG) .
 
 clean: ## Remove the environment and everything made here
 	rm -rf $(VENV) $(MERGEKIT_VENV) .demo .benchmark .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist src/*.egg-info src/automerge/merging/kernels/libkernels.so mlflow.db mlartifacts

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from automerge.documents import write_atomically
-from automerge.errors import AutoMergeError, SpecError
+from automerge.errors import AutoMergeError, MissingExtraError, SpecError
 from automerge.telemetry.logs import configure_logs, redact
 
 if TYPE_CHECKING:
@@ -129,12 +129,36 @@ def schema(folder: Path | None) -> None:
 
 @cli.command()
 @_SPEC
+@click.option("--names", type=click.Path(path_type=Path, dir_okay=False), help="Write the inputs' names here, as JSON.")
+def resolve(spec: Path, names: Path | None) -> None:
+    """Find out what each input is now, and refuse what can be refused, without downloading it."""
+    from automerge.spec import load_spec
+    from automerge.stages.fetch import resolve as stage
+
+    versions = stage(load_spec(spec))
+    if names is not None:
+        write_atomically(names, json.dumps(list(versions)).encode())
+    for name, found in versions.items():
+        click.echo(f"{name:24} {found[:16]}")
+
+
+@cli.command()
+@_SPEC
 @_OUTPUT
-def fetch(spec: Path, output: Path | None) -> None:
+@click.option(
+    "--input",
+    "name",
+    help="Only download this one, by its name in the manifest; a `fetch` without this option then checks all.",
+)
+def fetch(spec: Path, output: Path | None, name: str | None) -> None:
     """Bring all checkpoints and data to local disk, verified."""
     from automerge.stages.fetch import fetch as stage
+    from automerge.stages.fetch import fetch_input
 
     loaded, run = _begin(spec, output)
+    if name is not None:
+        fetch_input(loaded, name, run / "fetch")
+        return
     manifest = stage(loaded, run / "fetch")
     for item in manifest.inputs:
         click.echo(
@@ -274,7 +298,12 @@ def apply(
 @cli.command()
 @_SPEC
 @_OUTPUT
-def evaluate(spec: Path, output: Path | None) -> None:
+@click.option(
+    "--verdict",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the gate's verdict, pass or fail, to this file; a refused model then is no failure of the command.",
+)
+def evaluate(spec: Path, output: Path | None, verdict: Path | None) -> None:
     """Measure the merged model on the test data: PR and PD against its sources and the baselines."""
     from automerge.report.console import print_evaluation
     from automerge.stages.evaluate import evaluate as stage
@@ -282,7 +311,9 @@ def evaluate(spec: Path, output: Path | None) -> None:
     loaded, run = _begin(spec, output)
     evaluation = stage(loaded, run / "fetch", run / "segment", run / "search", run / "merge", run / "evaluate")
     print_evaluation(evaluation, run / "evaluate" / "report.html")
-    if evaluation.gate.verdict == "fail":
+    if verdict is not None:
+        write_atomically(verdict, evaluation.gate.verdict.encode())
+    elif evaluation.gate.verdict == "fail":
         sys.exit(GATE_FAILED)
 
 
@@ -322,6 +353,241 @@ def run(spec: Path, output: Path | None, resume: bool) -> None:
         sys.exit(GATE_FAILED)
     state = "registered" if outcome.registration.created else "already registered"
     click.echo(f"{state}: {outcome.registration.model} version {outcome.registration.version}")
+
+
+@cli.command("report-status")
+@_SPEC
+@click.argument("state")
+@click.option("--run", default="", help="The engine's name of the run.")
+@click.option("--message", default="", help="What the engine says of a failure.")
+def report_status(spec: Path, state: str, run: str, message: str) -> None:
+    """Report how a run of a pipeline ended: a log line, and metrics on the Pushgateway.
+
+    STATE is the engine's word for it; only `succeeded` is a success.
+    """
+    from automerge.spec import load_spec
+    from automerge.stages.status import report_status as report
+
+    report(load_spec(spec), state, run=run, message=message)
+
+
+@cli.command("compile")
+@click.option("--settings", type=click.Path(path_type=Path, dir_okay=False), help="The deployment settings (YAML).")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["kfp", "kubernetes", "argo"]),
+    default="kfp",
+    help="kfp: an upload for Kubeflow Pipelines; kubernetes: its objects Pipeline and PipelineVersion; argo: a "
+    "WorkflowTemplate for Argo Workflows without Kubeflow.",
+)
+@click.option("--namespace", help="Of the Kubernetes objects.")
+@click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Default: <pipeline>.yaml.")
+def compile_command(settings: Path | None, form: str, namespace: str | None, output: Path | None) -> None:
+    """Write the pipeline as YAML for a cluster."""
+    from automerge_pipelines.settings import load_settings
+
+    loaded = load_settings(settings)
+    path = output if output is not None else Path(f"{loaded.name}.yaml")
+    if form == "argo":
+        with _extra("compiling for Argo Workflows", "argo"):
+            from automerge_pipelines.argo import write_argo
+        write_argo(loaded, path, namespace=namespace)
+    else:
+        with _extra("compiling the pipeline", "kfp"):
+            from automerge_pipelines.merge_pipeline import compile_pipeline
+        compile_pipeline(loaded, path, "kfp" if form == "kfp" else "kubernetes", namespace=namespace)
+    click.echo(f"wrote {path}")
+
+
+_SETTINGS = click.option(
+    "--settings", type=click.Path(path_type=Path, dir_okay=False), help="The deployment settings (YAML)."
+)
+_ENDPOINT = click.option(
+    "--endpoint", envvar="AUTOMERGE_KFP_ENDPOINT", help="Address of Kubeflow Pipelines, or AUTOMERGE_KFP_ENDPOINT."
+)
+_NAMESPACE = click.option(
+    "--namespace",
+    envvar="AUTOMERGE_KFP_NAMESPACE",
+    help="Where the runs' pods start, or AUTOMERGE_KFP_NAMESPACE; needed where the server has several users.",
+)
+_EXPERIMENT = click.option("--experiment", default="automerge", show_default=True, help="Where the runs are grouped.")
+
+
+@cli.command()
+@_SETTINGS
+@_ENDPOINT
+@_NAMESPACE
+@_EXPERIMENT
+@click.option(
+    "--schedules",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Make the recurring runs those of this YAML file.",
+)
+@click.option("--prune-schedules", is_flag=True, help="Delete recurring runs of ours that the file no longer lists.")
+@click.option(
+    "--prune",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Delete versions of ours but the newest N and those in use.",
+)
+@click.option("--list", "only_list", is_flag=True, help="Change nothing; print versions and recurring runs.")
+def deploy(
+    settings: Path | None,
+    endpoint: str | None,
+    namespace: str | None,
+    experiment: str,
+    schedules: Path | None,
+    prune_schedules: bool,
+    prune: int | None,
+    only_list: bool,
+) -> None:
+    """Upload the pipeline to Kubeflow Pipelines, if its content is not there yet, and set up its recurring runs.
+
+    A token is taken from AUTOMERGE_KFP_TOKEN, inside a cluster from the service account's volume.
+    """
+    with _extra("deploying to Kubeflow Pipelines", "kfp"):
+        from automerge_pipelines import deploy as deploying
+        from automerge_pipelines.client import connect
+        from automerge_pipelines.schedules import load_schedules
+    from automerge_pipelines.settings import load_settings
+
+    if prune_schedules and schedules is None:
+        raise click.UsageError("--prune-schedules needs --schedules")
+    loaded = load_settings(settings)
+    if only_list:
+        listing = deploying.list_deployed(connect(endpoint, namespace), loaded.name)
+        for name, created in listing.versions:
+            click.echo(f"version        {name:40} {created}")
+        for name, cron, enabled, version in listing.recurring_runs:
+            click.echo(f"recurring run  {name:40} {'enabled ' if enabled else 'disabled'}  {cron}  ({version})")
+        return
+    package = deploying.compile_package(loaded)
+    wanted = deploying.prepare_schedules(package, load_schedules(schedules)) if schedules is not None else None
+    server = connect(endpoint, namespace)
+    deployed, uploaded = deploying.upload(server, package)
+    click.echo(
+        f"pipeline {deployed.pipeline}: version {deployed.name} {'uploaded' if uploaded else 'is there already'}"
+    )
+    if wanted is not None:
+        group = deploying.find_experiment(server, experiment)
+        for change in deploying.apply_schedules(server, deployed, wanted, group, prune=prune_schedules):
+            if change.action == "waits":
+                click.echo(
+                    f"notice: recurring run {change.name}: disabled, since one of its runs goes on; a later deployment "
+                    "deletes it",
+                    err=True,
+                )
+            elif change.action == "not listed":
+                click.echo(
+                    f"notice: recurring run {change.name}: no longer in {schedules}, and left as it is; "
+                    "--prune-schedules deletes it",
+                    err=True,
+                )
+            else:
+                click.echo(f"recurring run {change.name}: {change.action}")
+    if prune is not None:
+        for name in deploying.prune_versions(server, deployed, prune):
+            click.echo(f"version {name}: deleted")
+
+
+@cli.command()
+@_SPEC
+@_SETTINGS
+@_ENDPOINT
+@_NAMESPACE
+@_EXPERIMENT
+@click.option("--pipeline", help="Name of the deployed pipeline; by default that of the settings.")
+@click.option("--version", "version_name", help="Version of the pipeline; by default the newest.")
+@click.option(
+    "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Of the pipeline, e.g. memory=32Gi."
+)
+@click.option("--service-account", help="Of the pods; the server's default if left out.")
+@click.option("--run-name", help="By default made of the spec's name, the digest of what is run, and the version.")
+@click.option("--again", is_flag=True, help="Start a run even if one of this name goes on or has succeeded.")
+@click.option("--without-secret", is_flag=True, help="Do not look whether the secret for the storage exists.")
+@click.option("--wait", "waits", is_flag=True, help="Follow the run to its end.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="With --wait: no longer than this.")
+@click.option("--poll", type=click.FloatRange(min=0.05), default=10, show_default=True, metavar="SECONDS", hidden=True)
+def submit(
+    spec: Path,
+    settings: Path | None,
+    endpoint: str | None,
+    namespace: str | None,
+    experiment: str,
+    pipeline: str | None,
+    version_name: str | None,
+    parameters: tuple[str, ...],
+    service_account: str | None,
+    run_name: str | None,
+    again: bool,
+    without_secret: bool,
+    waits: bool,
+    timeout: float | None,
+    poll: float,
+) -> None:
+    """Run a spec on the deployed pipeline, unless it goes on there already or has succeeded.
+
+    With --wait it exits with 0 if the model was registered, and with 3 if the quality gate refused it.
+    """
+    with _extra("submitting to Kubeflow Pipelines", "kfp"):
+        from automerge_pipelines import submit as submitting
+        from automerge_pipelines.client import connect
+        from automerge_pipelines.deploy import find_experiment, find_version
+    from automerge.spec import load_spec
+    from automerge_pipelines.arguments import spec_argument
+    from automerge_pipelines.parameters import run_parameters
+    from automerge_pipelines.settings import load_settings
+
+    loaded, given = load_spec(spec), _pairs("--parameter", parameters)
+    argument, name = spec_argument(loaded), pipeline or load_settings(settings).name
+    server = connect(endpoint, namespace)
+    version = find_version(server, name, version_name)
+    values = run_parameters(version.parameters, argument, given, "--parameter")
+    if not without_secret:
+        submitting.check_secret(server, version, values)
+    run = submitting.submit(
+        server,
+        version,
+        values,
+        run_name or submitting.run_name(loaded.name, values, version.name),
+        find_experiment(server, experiment),
+        service_account=service_account,
+        again=again,
+    )
+    if run.started:
+        click.echo(f"started: {run.name} ({run.id})")
+    else:
+        click.echo(f"there already, {run.state.lower()}: {run.name} ({run.id}); --again starts another")
+    click.echo(run.url)
+    if not waits:
+        return
+    try:
+        verdict = submitting.wait(
+            server,
+            run,
+            lambda name, state: click.echo(f"{name}: {state.lower()}", err=True),
+            timeout=timeout,
+            poll=poll,
+        )
+    except KeyboardInterrupt:
+        click.echo("the run goes on; the same command follows it again", err=True)
+        raise
+    if verdict == "refused":
+        click.echo("refused: the quality gate let the model not pass, and nothing was registered", err=True)
+        sys.exit(GATE_FAILED)
+    click.echo("passed: the model is registered")
+
+
+@contextmanager
+def _extra(feature: str, extra: str) -> Iterator[None]:
+    """Importing what an extra brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("automerge"):
+            raise
+        raise MissingExtraError(feature, extra) from None
 
 
 def _begin(spec: Path, output: Path | None) -> "tuple[Spec, Path]":

@@ -1,4 +1,5 @@
-"""Writes each component's ``README.md`` from its docstring, its interface and its ``metadata.yaml``.
+"""Writes each component's ``README.md`` from its docstring, its interface and its ``metadata.yaml``, and compiles it to
+``component.yaml``.
 
 What follows the line ``<!-- custom -->`` in a README is written by hand and kept.
 """
@@ -6,14 +7,16 @@ What follows the line ``<!-- custom -->`` in a README is written by hand and kep
 import argparse
 import importlib
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 import yaml
+from kfp import compiler
 
 ROOT = Path(__file__).parent
-NAMES = ("fetch", "segment", "search_merge", "evaluate", "register")
+NAMES = ("resolve", "fetch_input", "fetch", "segment", "search_merge", "evaluate", "register", "report_status")
 CUSTOM = "<!-- custom -->"
 
 _SINGLE_OUTPUT = "Output"
@@ -53,6 +56,15 @@ def readme(name: str) -> str:
     return "\n".join(lines) + _custom(folder / "README.md")
 
 
+def compiled(name: str) -> str:
+    """The component as YAML, for pipelines that load it from a file."""
+    component = getattr(importlib.import_module(f"automerge_components.{name}"), name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "component.yaml"
+        compiler.Compiler().compile(component, str(path))
+        return path.read_text(encoding="ascii")
+
+
 def _table(title: str, items: dict[str, Any], descriptions: dict[str, str | None]) -> list[str]:
     rows = [f"## {title}", "", "| Name | Type | Description |", "|---|---|---|"]
     for item, spec in items.items():
@@ -84,20 +96,26 @@ def _custom(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """``python -m automerge_components.generate [--check]``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m automerge_components.generate", description="Write the READMEs.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if one is out of date")
+    parser = argparse.ArgumentParser(
+        prog="python -m automerge_components.generate",
+        description="Write each component's README.md and component.yaml.",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     check = parser.parse_args(arguments).check
     stale = 0
     for name in NAMES:
-        path, wanted = ROOT / name / "README.md", readme(name)
-        if path.exists() and path.read_text() == wanted:
-            continue
-        stale += 1
-        if check:
-            print(f"{path}: out of date; run: python -m automerge_components.generate", file=sys.stderr)
-        else:
-            path.write_text(wanted)
-            print(path)
+        for path, wanted in (
+            (ROOT / name / "README.md", readme(name)),
+            (ROOT / name / "component.yaml", compiled(name)),
+        ):
+            if path.exists() and path.read_text() == wanted:
+                continue
+            stale += 1
+            if check:
+                print(f"{path}: out of date; run: python -m automerge_components.generate", file=sys.stderr)
+            else:
+                path.write_text(wanted)
+                print(path)
     return int(check and stale > 0)
 
 

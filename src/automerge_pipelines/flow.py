@@ -25,7 +25,7 @@ class FlowTask:
         cached: an earlier run's outputs may be taken where spec, image and inputs are the same.
     """
 
-    name: TaskName
+    name: str
     commands: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

@@ -18,7 +18,8 @@ from automerge.errors import AutoMergeError
 from automerge.spec import Spec
 from automerge.stages.process import ERROR_PREFIX
 from automerge_pipelines.arguments import spec_argument
-from automerge_pipelines.merge_pipeline import merge_pipeline
+from automerge_pipelines.merge_pipeline import build_pipeline
+from automerge_pipelines.settings import Settings
 
 LOG = "pipeline.log"
 
@@ -107,14 +108,17 @@ def run_local(spec: Spec, pipeline_root: Path, *, echo: TextIO | None = None) ->
 
 
 def _without_retries() -> Any:
-    """The pipeline, but a failed task ends it: here nothing is preempted, and waiting would only delay the message."""
+    """The pipeline, but a failed task ends it: here nothing is preempted, and waiting would only delay the message.
+
+    It has no exit handler, out of which it could not return where its outputs are.
+    """
 
     def stripped(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: stripped(item) for key, item in value.items() if key != "retryPolicy"}
         return [stripped(item) for item in value] if isinstance(value, list) else value
 
-    graph = json_format.MessageToDict(merge_pipeline.pipeline_spec)
+    graph = json_format.MessageToDict(build_pipeline(Settings(exit_handler=False)).pipeline_spec)
     return components.load_component_from_text(json.dumps(stripped(graph)))
 
 

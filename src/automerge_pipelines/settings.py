@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from automerge.errors import SpecError
 from automerge.written import WrittenModel, decode, validate
-from automerge_pipelines.flow import FLOW, FlowTask, TaskName
+from automerge_pipelines.flow import FlowTask, TaskName
 
 _QUANTITY = r"^(0|[1-9]\d*)(\.\d+)?(m|Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$"
 _LABEL = r"^(([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?)$"
@@ -112,13 +112,17 @@ class Settings(SettingsModel):
     ttl_seconds: int | None = Field(default=None, ge=0, description="A finished run's pods are removed after this.")
     deadline_seconds: int | None = Field(default=None, ge=1, description="A run is stopped after this time.")
 
+    def given(self, task: FlowTask) -> TaskSettings:
+        """What `tasks` says of one task."""
+        return next((given for name, given in self.tasks.items() if name == task.name), TaskSettings())
+
     def of(self, task: FlowTask) -> TaskSettings:
         """The settings of one task, with everything filled in that has a default."""
         layers = (
             TaskSettings(retries=task.retries, cache=task.cached),
             _MODEL_TASK if task.runs_models else _SMALL_TASK,
             self.defaults,
-            self.tasks.get(task.name, TaskSettings()),
+            self.given(task),
         )
         values: dict[str, object] = {}
         for layer in layers:
@@ -144,8 +148,3 @@ def load_settings(path: Path | None) -> Settings:
         raise SpecError(f"{path}: cannot be read ({reason})", "pass the path of the deployment settings") from None
     value = decode(text, str(path), "file of settings", "leave the option out for the defaults")
     return validate(value, Settings, str(path), _PATTERNS)
-
-
-def resolved(settings: Settings) -> dict[TaskName, TaskSettings]:
-    """The settings of every task of the flow, by its name."""
-    return {task.name: settings.of(task) for task in FLOW}

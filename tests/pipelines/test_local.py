@@ -2,16 +2,21 @@
 
 import io
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kfp import components, local
 from kfp.local.config import LocalExecutionConfig
+from mlflow import MlflowClient
 
 from automerge.errors import SpecError
 from automerge.spec import Spec
 from automerge_pipelines.arguments import LONGEST_ARGUMENT, RESERVED, spec_argument
 from automerge_pipelines.local import PipelineError, run_local
-from tests.e2e.tiny import tiny_spec
+from automerge_pipelines.merge_pipeline import compile_pipeline
+from automerge_pipelines.settings import Settings
+from tests.e2e.tiny import prepare, tiny_spec
 
 
 @pytest.fixture
@@ -27,11 +32,11 @@ def test_a_failed_task_is_named_with_its_own_sentence(
     with pytest.raises(PipelineError) as raised:
         run_local(spec, tmp_path / "root", echo=echo)
     sentence = str(raised.value)
-    assert sentence.startswith("task 'fetch' failed: ")
+    assert sentence.startswith("task 'resolve' failed: ")
     assert "nowhere" in sentence
     assert sentence.endswith(f"read {tmp_path / 'root' / 'pipeline.log'}")
     assert "\x1b" not in sentence
-    assert echo.getvalue() == "fetch\n"
+    assert echo.getvalue() == "resolve\n"
     assert LocalExecutionConfig.instance is before, "calling a pipeline would still run it"
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
@@ -46,7 +51,7 @@ def test_the_log_is_appended_to_and_the_largest_spec_arrives(spec: Spec, tmp_pat
     large = spec.model_copy(update={"model": spec.model.model_copy(update={"arguments": {"a": filler}})})
     with pytest.raises(SpecError, match="as a pipeline argument"):
         spec_argument(large.model_copy(update={"private": ["y" * 20]}))
-    with pytest.raises(PipelineError, match=r"task 'fetch' failed: .*nowhere"):
+    with pytest.raises(PipelineError, match=r"task 'resolve' failed: .*nowhere"):
         run_local(large, root)
     log = (root / "pipeline.log").read_text()
     assert log.startswith("an earlier run\n")
@@ -65,3 +70,47 @@ def test_a_folder_that_cannot_be_made_is_refused(spec: Spec, tmp_path: Path) -> 
     with pytest.raises(PipelineError, match="cannot be written"):
         run_local(spec, tmp_path / "file" / "root")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class TestAsCompiledForACluster:
+    """With the exit handler, and with the inputs on a volume that every input's own pod writes to."""
+
+    SETTINGS = Settings.model_validate({"workspace": {"size": "1Gi"}, "defaults": {"retries": 0}})
+
+    @pytest.fixture
+    def run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Spec], str]]:
+        """Runs the compiled pipeline and returns what the engine and the tasks printed."""
+        pipeline = components.load_component_from_file(str(compile_pipeline(self.SETTINGS, tmp_path / "pipeline.yaml")))
+        before = LocalExecutionConfig.instance
+
+        def call(spec: Spec) -> str:
+            (tmp_path / "workspace").mkdir()
+            local.init(
+                local.SubprocessRunner(use_venv=False),
+                pipeline_root=str(tmp_path / "root"),
+                workspace_root=str(tmp_path / "workspace"),
+                raise_on_error=False,
+            )
+            pipeline(spec=spec_argument(spec))
+            return capsys.readouterr().out
+
+        yield call
+        LocalExecutionConfig.instance = before
+
+    def test_registers_a_version_and_reports_the_status(self, run: Callable[[Spec], str], tmp_path: Path) -> None:
+        pair = prepare(tmp_path / "tiny")
+        registry = f"sqlite:///{tmp_path / 'mlflow.db'}"
+        search = {"trials": 3, "initial": 2, "warm_start": False, "split": None, "refine": None}
+        quick = {"resamples": 100, "baselines": False, "onnx": False}
+        spec = tiny_spec(str(pair.folder), registry, search=search, evaluation=quick)
+        printed = run(spec)
+        assert MlflowClient(registry, registry).get_model_version("tiny", "1")
+        assert "ended: succeeded" in printed
+        assert printed.count("Executing task 'fetch-input'") == len(pair.keys)
+        (inputs,) = (tmp_path / "root").glob("**/fetch/inputs")
+        assert [path.name for path in inputs.rglob("*") if path.is_file()] == ["manifest.json"]
+
+    def test_reports_the_status_of_a_failure(self, run: Callable[[Spec], str], spec: Spec) -> None:
+        printed = run(spec)
+        assert "nowhere" in printed
+        assert "ended: failed" in printed

@@ -25,6 +25,7 @@ from automerge.merging.apply import refuse_non_finite
 from automerge.merging.recipe import BASE
 from automerge.models.architecture import Architecture, load_architecture
 from automerge.models.state import state_names
+from automerge.plugins import nearest
 from automerge.spec import Spec
 from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
 from automerge.stages.inputs import (
@@ -62,15 +63,10 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         SpecError: `merge.vocabulary` does not fit the model or `private`.
     """
     with observe_stage("fetch", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
-        check_plugins(spec)
-        architecture = load_architecture(spec.model, {})
-        architecture.check()
-        wanted = _wanted(spec)
-        listings = {item.name: list_objects(item.uri) for item in wanted}
-        _check_headers(spec, architecture, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
+        listings = _listings(spec)
         inputs: list[Input] = []
         downloaded = 0
-        for item in wanted:
+        for item in _wanted(spec):
             log.info("fetching %s from %s", item.name, item.uri)
             base = folder / inputs[0].path if inputs and inputs[0].role == "base" else None
             fetched, transferred = _fetch_one(item, listings[item.name], folder, base)
@@ -83,6 +79,48 @@ def fetch(spec: Spec, folder: Path) -> Manifest:
         manifest = Manifest(spec=spec.digest(), inputs=inputs)
         manifest.write(folder / MANIFEST)
     return manifest
+
+
+def resolve(spec: Spec) -> dict[str, str]:
+    """Find out what each input of a spec is now, and refuse what can be refused, without reading more than headers.
+
+    Returns:
+        By the input's name (as in the manifest) its version: a digest (hex) of its objects' names, sizes and etags. It
+        changes whenever the content does.
+
+    Raises:
+        AutoMergeError: as :func:`fetch`.
+    """
+    return {
+        name: digest_of([[item.key, item.size, item.etag] for item in listing])
+        for name, listing in _listings(spec).items()
+    }
+
+
+def fetch_input(spec: Spec, name: str, folder: Path) -> None:
+    """Bring the files of one input to where :func:`fetch` takes them up, which checks them.
+
+    Raises:
+        SpecError: the spec has no input of that name.
+        StorageError: an object is missing, not readable, or damaged on the way.
+    """
+    found = {item.name: item for item in _wanted(spec)}
+    if name not in found:
+        raise SpecError(f"the spec has no input {name!r}", nearest(name, list(found)))
+    item = found[name]
+    log.info("fetching %s from %s", name, item.uri)
+    storage.fetch_all(list_objects(item.uri), folder / item.place, record=_record(folder, item), sha256=item.sha256)
+
+
+def _listings(spec: Spec) -> dict[str, list[ObjectInfo]]:
+    """The objects of each input; the spec's plug-ins and the checkpoints' headers are checked."""
+    check_plugins(spec)
+    architecture = load_architecture(spec.model, {})
+    architecture.check()
+    wanted = _wanted(spec)
+    listings = {item.name: list_objects(item.uri) for item in wanted}
+    _check_headers(spec, architecture, {item.name: listings[item.name] for item in wanted if item.is_checkpoint})
+    return listings
 
 
 @dataclass(frozen=True)
@@ -241,8 +279,7 @@ def _check_tensors(
 def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path, base: Path | None) -> tuple[Input, int]:
     """One input on local disk, and how many bytes of it had to be transferred; ``base`` is where the base is."""
     target = folder / item.place
-    record = FetchRecord(target.with_name(f".{target.name}.fetched.json"))
-    files = storage.fetch_all(listing, target, record=record, sha256=item.sha256)
+    files = storage.fetch_all(listing, target, record=_record(folder, item), sha256=item.sha256)
     for stale in sorted(
         path for path in target.rglob("*") if path.is_file() and path not in {file.path for file in files}
     ):
@@ -260,6 +297,12 @@ def _fetch_one(item: _Wanted, listing: Sequence[ObjectInfo], folder: Path, base:
         name=item.name, role=item.role, uri=item.uri, path=_relative(path, folder), digest=digest, files=records
     )
     return fetched, sum(file.transferred for file in files)
+
+
+def _record(folder: Path, item: _Wanted) -> FetchRecord:
+    """What was fetched of an input before."""
+    target = folder / item.place
+    return FetchRecord(target.with_name(f".{target.name}.fetched.json"))
 
 
 def _check_expected(spec: Spec, inputs: Sequence[Input]) -> None:

@@ -25,6 +25,11 @@ from automerge.stages.documents import MANIFEST, Input, Manifest
 from automerge.tasks.task import Task, TaskData, load_task
 
 
+def inputs_folder(artifact: str, workspace: str) -> Path:
+    """Where the inputs of a pipeline's run are: on the volume that its tasks share, or else in fetch's artifact."""
+    return Path(workspace) / "inputs" if workspace else Path(artifact)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The fetched inputs of a spec.

@@ -13,6 +13,7 @@ def evaluate(
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     metrics: dsl.Output[dsl.Metrics],
+    workspace: str = "",
 ) -> str:
     """Measure the merged model on the test data against its sources and the baselines, and judge it by the gate.
 
@@ -27,6 +28,7 @@ def evaluate(
         evaluation: Folder with `evaluation.json`, `report.html` and the ONNX files.
         report: The report, for the user interface.
         metrics: Preservation rates in percent and preservation discrepancy in points; 1 or 0 for the gate.
+        workspace: Folder of the run's shared volume, if `fetch` put the inputs there; else empty.
 
     Returns:
         The verdict of the spec's quality gate: `pass` or `fail`.
@@ -37,11 +39,12 @@ def evaluate(
     from automerge.spec import parse_spec
     from automerge.stages.documents import REPORT
     from automerge.stages.evaluate import evaluate as evaluate_stage
+    from automerge.stages.inputs import inputs_folder
     from automerge.stages.process import stage_process
 
     with stage_process():
-        folders = [Path(artifact.path) for artifact in (inputs, segmentation, search, model, evaluation)]
-        result = evaluate_stage(parse_spec(spec), *folders)
+        folders = [Path(artifact.path) for artifact in (segmentation, search, model, evaluation)]
+        result = evaluate_stage(parse_spec(spec), inputs_folder(inputs.path, workspace), *folders)
     shutil.copyfile(folders[-1] / REPORT, report.path)
     merged = result.merged
     rates = {f"pr.{task}": measured.pr.value if measured.pr else None for task, measured in merged.tasks.items()}

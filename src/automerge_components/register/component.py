@@ -14,6 +14,7 @@ def register(
     model: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     registration: dsl.Output[dsl.Artifact],
+    workspace: str = "",
 ) -> NamedTuple("Outputs", [("version", str), ("uri", str)]):  # type: ignore[valid-type]
     """Register the merged model with everything that proves it; the same recipe is registered once.
 
@@ -27,6 +28,7 @@ def register(
         model: The merged model that `search_merge` wrote.
         evaluation: What `evaluate` wrote.
         registration: Folder with `registration.json`.
+        workspace: Folder of the run's shared volume, if `fetch` put the inputs there; else empty.
 
     Returns:
         version: The registered version.
@@ -35,11 +37,12 @@ def register(
     from pathlib import Path
 
     from automerge.spec import parse_spec
+    from automerge.stages.inputs import inputs_folder
     from automerge.stages.process import stage_process
     from automerge.stages.register import register as register_stage
 
     with stage_process():
-        artifacts = (inputs, segmentation, search, model, evaluation, registration)
-        registered = register_stage(parse_spec(spec), *[Path(artifact.path) for artifact in artifacts])
+        folders = [Path(artifact.path) for artifact in (segmentation, search, model, evaluation, registration)]
+        registered = register_stage(parse_spec(spec), inputs_folder(inputs.path, workspace), *folders)
     registration.metadata.update(model=registered.model, version=registered.version, uri=registered.uri)
     return registered.version, registered.uri

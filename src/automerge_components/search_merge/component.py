@@ -10,6 +10,7 @@ def search_merge(
     segmentation: dsl.Input[dsl.Artifact],
     search: dsl.Output[dsl.Artifact],
     model: dsl.Output[dsl.Model],
+    workspace: str = "",
 ) -> None:
     """Search for the best recipe on validation data, and write the merged model that it describes.
 
@@ -22,19 +23,22 @@ def search_merge(
         segmentation: What `segment` wrote.
         search: Folder with `trials.jsonl`, `recipe.json`, and the `statistics.safetensors` that a recipe may name.
         model: Folder with the merged checkpoint and `merged.json`.
+        workspace: Folder of the run's shared volume, if `fetch` put the inputs there; else empty.
     """
     from pathlib import Path
 
     from automerge.errors import SearchError
     from automerge.spec import parse_spec
     from automerge.stages.documents import RECIPE
+    from automerge.stages.inputs import inputs_folder
     from automerge.stages.merge import merge as merge_stage
     from automerge.stages.process import log_progress, stage_process
     from automerge.stages.search import search as search_stage
 
     with stage_process():
         parsed = parse_spec(spec)
-        fetched, blocks, found = Path(inputs.path), Path(segmentation.path), Path(search.path)
+        fetched = inputs_folder(inputs.path, workspace)
+        blocks, found = Path(segmentation.path), Path(search.path)
         result = search_stage(parsed, fetched, blocks, found, resume=True, progress=log_progress)
         if result.stopped == "interrupted":
             raise SearchError("the search was interrupted", "run the task again")
