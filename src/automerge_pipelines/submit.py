@@ -11,9 +11,10 @@ from typing import Any, Literal
 import kfp_server_api
 
 from automerge_pipelines.client import KubeflowError, Server
-from automerge_pipelines.deploy import UNFINISHED, Version
 from automerge_pipelines.in_cluster import secret_exists
 from automerge_pipelines.parameters import S3_SECRET
+from automerge_pipelines.recurring_runs import UNFINISHED
+from automerge_pipelines.versions import Version
 
 REGISTER = "register"
 """The task that only runs if the gate let the model pass."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from automerge.cli import main
+from automerge_pipelines.settings import Settings
+from automerge_pipelines.versions import Package, compile_package
 from tests.e2e.tiny import tiny_spec
 from tests.pipelines.commands import Command, Done
 from tests.pipelines.kfp_server import KfpServer, running_kfp
@@ -42,6 +44,12 @@ def server(automerge: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpS
     with running_kfp() as running:
         monkeypatch.setenv("AUTOMERGE_KFP_ENDPOINT", running.endpoint)
         yield running
+
+
+@pytest.fixture(scope="session")
+def package() -> Package:
+    """The pipeline, compiled with the default settings."""
+    return compile_package(Settings())
 
 
 @pytest.fixture

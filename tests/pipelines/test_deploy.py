@@ -10,31 +10,17 @@ import kfp_server_api
 import pytest
 
 from automerge_pipelines.client import KubeflowError, Server, connect
-from automerge_pipelines.deploy import (
-    Change,
-    Package,
-    Version,
-    apply_schedules,
-    compile_package,
-    find_experiment,
-    find_version,
-    prepare_schedules,
-    prune_versions,
-    upload,
-)
+from automerge_pipelines.deployed import prune_versions
+from automerge_pipelines.experiments import find_experiment
+from automerge_pipelines.recurring_runs import Change, apply_schedules, prepare_schedules
 from automerge_pipelines.schedules import Schedule, load_schedules
-from automerge_pipelines.settings import Settings
+from automerge_pipelines.versions import Package, Version, find_version, upload
 from tests.pipelines.commands import Command
 from tests.pipelines.kfp_server import KfpServer
 
 CREATE = "recurring_run_service_create_recurring_run"
 DELETE = "recurring_run_service_delete_recurring_run"
 UPLOAD = "upload_pipeline_version"
-
-
-@pytest.fixture(scope="module")
-def package() -> Package:
-    return compile_package(Settings())
 
 
 @pytest.fixture
@@ -59,7 +45,7 @@ class Scheduling:
 
     def __init__(self, client: Server, package: Package, version: Version, spec: Path) -> None:
         self.client, self.package, self.version, self.spec = client, package, version, spec
-        self.experiment = find_experiment(client)
+        self.experiment = find_experiment(client, "automerge")
 
     def apply(self, *schedules: dict[str, Any], prune: bool = False) -> list[Change]:
         models = [Schedule.model_validate({"spec": self.spec, "cron": "0 2 * * *", **each}) for each in schedules]

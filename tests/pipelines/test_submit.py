@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from automerge_pipelines.deploy import compile_package
-from automerge_pipelines.settings import Settings
+from automerge_pipelines.versions import Package
 from tests.pipelines.commands import Command, Done
 from tests.pipelines.kfp_server import KfpServer
 
 CREATE = "run_service_create_run"
-PACKAGE = compile_package(Settings())
 
 
 @pytest.fixture(autouse=True)
-def deployed(server: KfpServer) -> None:
-    """The pipeline is there, in one version."""
-    pipeline = server._add("pipelines", "pipeline_id", {"name": PACKAGE.pipeline, "display_name": PACKAGE.pipeline})
-    query = {"pipelineid": pipeline["pipeline_id"], "name": PACKAGE.version}
-    server.upload_pipeline_version([], query, PACKAGE.content)
+def deployed(server: KfpServer, package: Package) -> str:
+    """The pipeline is there, in one version, whose name this is."""
+    pipeline = server._add("pipelines", "pipeline_id", {"name": package.pipeline, "display_name": package.pipeline})
+    query = {"pipelineid": pipeline["pipeline_id"], "name": package.version}
+    server.upload_pipeline_version([], query, package.content)
+    return package.version
 
 
 def tasks(**changed: str) -> dict[str, str]:
@@ -32,12 +31,12 @@ def follow(automerge: Command, spec: Path, *options: object) -> Done:
     return automerge("submit", spec, "--wait", "--poll", "0.05", *options)
 
 
-def test_a_run_is_started_once(automerge: Command, server: KfpServer, spec: Path) -> None:
+def test_a_run_is_started_once(automerge: Command, server: KfpServer, spec: Path, deployed: str) -> None:
     first = automerge("submit", spec, "--parameter", "memory=32Gi")
     assert first.code == 0, first
     [run] = server.runs.values()
     name = run["display_name"]
-    assert re.fullmatch(rf"tiny-[0-9a-f]{{12}}-{re.escape(PACKAGE.version)}", name)
+    assert re.fullmatch(rf"tiny-[0-9a-f]{{12}}-{re.escape(deployed)}", name)
     assert first.out.splitlines() == [
         f"started: {name} ({run['run_id']})",
         f"{server.endpoint}/#/runs/details/{run['run_id']}",
@@ -246,12 +245,12 @@ def test_nothing_is_deployed(automerge: Command, server: KfpServer, spec: Path) 
 
 
 def test_a_named_version_and_the_settings_pipeline(
-    automerge: Command, server: KfpServer, spec: Path, tmp_path: Path
+    automerge: Command, server: KfpServer, spec: Path, tmp_path: Path, deployed: str
 ) -> None:
     old = next(iter(server.pipeline_versions.values()))
     newer = server._add("pipeline_versions", "pipeline_version_id", {**old, "name": "next", "display_name": "next"})
     automerge("submit", spec)
-    automerge("submit", spec, "--version", PACKAGE.version)
+    automerge("submit", spec, "--version", deployed)
     references = [run["pipeline_version_reference"]["pipeline_version_id"] for run in server.runs.values()]
     assert references == [newer["pipeline_version_id"], old["pipeline_version_id"]]
     (tmp_path / "deployment.yaml").write_text("name: team-merge")
