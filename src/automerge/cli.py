@@ -56,6 +56,14 @@ def main() -> None:
         remedy = f"; see `{context.command_path} --help`" if context is not None and not problem.endswith("?") else ""
         click.echo(f"error: {problem}{remedy}", err=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "safetensors", "numpy"):
+            raise
+        click.echo(
+            f"error: {error.name} is not installed here; run this where the whole package is, as in the image `automerge`",
+            err=True,
+        )
+        sys.exit(AutoMergeError.exit_code)
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not try to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -382,17 +390,34 @@ def report_status(spec: Path, state: str, run: str, message: str) -> None:
     "WorkflowTemplate for Argo Workflows without Kubeflow.",
 )
 @click.option("--namespace", help="Of the Kubernetes objects.")
+@click.option(
+    "--schedules",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="argo: a CronWorkflow for each schedule of this file (YAML).",
+)
+@click.option("--timezone", help="argo: of the schedules, e.g. Europe/Berlin; by default the controller's.")
 @click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Default: <pipeline>.yaml.")
-def compile_command(settings: Path | None, form: str, namespace: str | None, output: Path | None) -> None:
+def compile_command(
+    settings: Path | None,
+    form: str,
+    namespace: str | None,
+    schedules: Path | None,
+    timezone: str | None,
+    output: Path | None,
+) -> None:
     """Write the pipeline as YAML for a cluster."""
+    from automerge_pipelines.schedules import load_schedules
     from automerge_pipelines.settings import load_settings
 
     loaded = load_settings(settings)
     path = output if output is not None else Path(f"{loaded.name}.yaml")
+    if form != "argo" and (schedules is not None or timezone is not None):
+        raise click.UsageError("--schedules and --timezone need --format argo; `automerge deploy` makes recurring runs")
     if form == "argo":
         with _extra("compiling for Argo Workflows", "argo"):
             from automerge_pipelines.argo import write_argo
-        write_argo(loaded, path, namespace=namespace)
+        planned = load_schedules(schedules) if schedules is not None else []
+        write_argo(loaded, path, namespace=namespace, schedules=planned, timezone=timezone)
     else:
         with _extra("compiling the pipeline", "kfp"):
             from automerge_pipelines.merge_pipeline import compile_pipeline
@@ -447,31 +472,34 @@ def deploy(
     A token is taken from AUTOMERGE_KFP_TOKEN, inside a cluster from the service account's volume.
     """
     with _extra("deploying to Kubeflow Pipelines", "kfp"):
-        from automerge_pipelines import deploy as deploying
         from automerge_pipelines.client import connect
-        from automerge_pipelines.schedules import load_schedules
+        from automerge_pipelines.deployed import list_deployed, prune_versions
+        from automerge_pipelines.experiments import find_experiment
+        from automerge_pipelines.recurring_runs import apply_schedules, prepare_schedules
+        from automerge_pipelines.versions import compile_package, upload
+    from automerge_pipelines.schedules import load_schedules
     from automerge_pipelines.settings import load_settings
 
     if prune_schedules and schedules is None:
         raise click.UsageError("--prune-schedules needs --schedules")
     loaded = load_settings(settings)
     if only_list:
-        listing = deploying.list_deployed(connect(endpoint, namespace), loaded.name)
+        listing = list_deployed(connect(endpoint, namespace), loaded.name)
         for name, created in listing.versions:
             click.echo(f"version        {name:40} {created}")
         for name, cron, enabled, version in listing.recurring_runs:
             click.echo(f"recurring run  {name:40} {'enabled ' if enabled else 'disabled'}  {cron}  ({version})")
         return
-    package = deploying.compile_package(loaded)
-    wanted = deploying.prepare_schedules(package, load_schedules(schedules)) if schedules is not None else None
+    package = compile_package(loaded)
+    wanted = prepare_schedules(package, load_schedules(schedules)) if schedules is not None else None
     server = connect(endpoint, namespace)
-    deployed, uploaded = deploying.upload(server, package)
+    deployed, uploaded = upload(server, package)
     click.echo(
         f"pipeline {deployed.pipeline}: version {deployed.name} {'uploaded' if uploaded else 'is there already'}"
     )
     if wanted is not None:
-        group = deploying.find_experiment(server, experiment)
-        for change in deploying.apply_schedules(server, deployed, wanted, group, prune=prune_schedules):
+        group = find_experiment(server, experiment)
+        for change in apply_schedules(server, deployed, wanted, group, prune=prune_schedules):
             if change.action == "waits":
                 click.echo(
                     f"notice: recurring run {change.name}: disabled, since one of its runs goes on; a later deployment "
@@ -487,7 +515,7 @@ def deploy(
             else:
                 click.echo(f"recurring run {change.name}: {change.action}")
     if prune is not None:
-        for name in deploying.prune_versions(server, deployed, prune):
+        for name in prune_versions(server, deployed, prune):
             click.echo(f"version {name}: deleted")
 
 
@@ -533,7 +561,8 @@ def submit(
     with _extra("submitting to Kubeflow Pipelines", "kfp"):
         from automerge_pipelines import submit as submitting
         from automerge_pipelines.client import connect
-        from automerge_pipelines.deploy import find_experiment, find_version
+        from automerge_pipelines.experiments import find_experiment
+        from automerge_pipelines.versions import find_version
     from automerge.spec import load_spec
     from automerge_pipelines.arguments import spec_argument
     from automerge_pipelines.parameters import run_parameters

@@ -6,10 +6,8 @@ Argo carries the stages' folders as artifacts. The spec is a parameter of the wo
 text of a user is ever part of a command.
 """
 
-import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -31,9 +29,10 @@ from hera.workflows import models as argo
 
 from automerge.documents import write_atomically
 from automerge.errors import SpecError
-from automerge.spec import Spec
+from automerge.spec import load_spec
 from automerge_pipelines.arguments import spec_argument
 from automerge_pipelines.flow import CONFIG_KEYS, FLOW, REGISTRY_SECRET_KEYS, S3_SECRET_KEYS, FlowTask
+from automerge_pipelines.schedules import Schedule
 from automerge_pipelines.settings import Settings, TaskSettings, Toleration, Workspace
 
 COMPILED = Path(__file__).with_name("argo_workflow_template.yaml")
@@ -50,8 +49,9 @@ USER = 65532
 """The images' user and group. Argo's own containers in the pod run as it too, so it must be a number."""
 
 LONGEST_NAME = 63
-LONGEST_CRON_NAME = 52
-"""Argo appends the time of the start to a `CronWorkflow`'s name, and the name of the run becomes a label."""
+
+STARTING_DEADLINE_SECONDS = 300
+"""A start that the controller missed by more than this is left out."""
 
 _FETCH = next(row for row in FLOW if row.name == "fetch")
 _FETCH_INPUT = "fetch-input"
@@ -59,6 +59,9 @@ _FETCH_INPUT = "fetch-input"
 # The tasks around those of the flow.
 _RESOLVE = FlowTask("resolve", (), (), (), reads_s3=True, retries=3)
 _REPORT_STATUS = FlowTask("report-status", (), (), ())
+
+_IMAGE = "image"
+"""What a run may decide besides its spec."""
 
 _JUDGE = "evaluate"
 """The stage whose verdict decides whether those that read it run."""
@@ -76,34 +79,17 @@ _OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When a spec is run, again and again.
-
-    Attributes:
-        spec: what is run.
-        cron: five fields (minute, hour, day of month, month, day of week) or ``@daily`` and its like.
-        name: of the `CronWorkflow`; by default that of the workflow template.
-        timezone: IANA name, e.g. Europe/Berlin; by default the controller's.
-        starting_deadline_seconds: a start that was missed by more than this is left out.
-        suspend: it is made, and starts nothing until that is changed.
-    """
-
-    spec: Spec
-    cron: str
-    name: str | None = None
-    timezone: str | None = None
-    starting_deadline_seconds: int = 300
-    suspend: bool = False
-
-
 def workflow_template(settings: Settings) -> WorkflowTemplate:
     """The flow as a `WorkflowTemplate` with the parameters ``spec`` (required) and ``image``.
 
     Raises:
         SpecError: the settings' name is too long for one.
     """
-    _check_length("name", settings.name, LONGEST_NAME)
+    if len(settings.name) > LONGEST_NAME:
+        raise SpecError(
+            f"name: {settings.name!r} has {len(settings.name)} characters, and Argo Workflows takes {LONGEST_NAME}",
+            "shorten it in the deployment settings",
+        )
     on_volume = settings.workspace is not None
     parallel = on_volume and settings.parallel_fetch
     ttl = settings.ttl_seconds
@@ -119,7 +105,7 @@ def workflow_template(settings: Settings) -> WorkflowTemplate:
         on_exit=_REPORT_STATUS.name if settings.exit_handler else None,
         arguments=[
             Parameter(name="spec", description="The spec as JSON or YAML text."),
-            Parameter(name="image", value=settings.image, description="Image of all tasks; name it by digest."),
+            Parameter(name=_IMAGE, value=settings.image, description="Image of all tasks; name it by digest."),
         ],
         templates=[_dag(on_volume=on_volume, parallel=parallel), *templates],
         volume_claim_templates=[_claim(settings.workspace)] if settings.workspace is not None else None,
@@ -142,49 +128,68 @@ def workflow_template(settings: Settings) -> WorkflowTemplate:
     )
 
 
-def cron_workflow(settings: Settings, schedule: Schedule) -> CronWorkflow:
+def cron_workflow(settings: Settings, schedule: Schedule, *, timezone: str | None = None) -> CronWorkflow:
     """A `CronWorkflow` that runs a spec by the settings' workflow template: one run at a time, no catching up.
 
+    Args:
+        settings: of the deployment.
+        schedule: from the schedules file.
+        timezone: of the schedule, e.g. Europe/Berlin; by default the controller's.
+
     Raises:
-        SpecError: the schedule or its name cannot be one, or the spec is too large to be a parameter.
+        SpecError: the spec cannot be read or is too large to be a parameter, or the schedule asks for what Argo
+            Workflows cannot do.
     """
-    name = schedule.name if schedule.name is not None else settings.name
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name):
+    where = f"schedule {schedule.name!r}"
+    second, *fields = schedule.cron.split()
+    if second != "0":
+        raise SpecError(f"{where}: Argo Workflows starts nothing at second {second!r}", "write a cron of five fields")
+    unknown = sorted(set(schedule.parameters) - {_IMAGE})
+    if unknown:
         raise SpecError(
-            f"schedule: {name!r} is no name of a Kubernetes object", "use small letters, digits, '-' and '.'"
+            f"{where}: the workflow template has no parameter {unknown[0]!r}",
+            f"it has {_IMAGE!r}; put the rest into the deployment settings",
         )
-    _check_length("schedule", name, LONGEST_CRON_NAME)
-    if not re.fullmatch(r"@[a-z]+( \S+)?|\S+( \S+){4}", schedule.cron):
-        raise SpecError(
-            f"schedule: {schedule.cron!r} is no cron expression of Argo",
-            "write five fields, e.g. '0 3 * * *', or @daily",
-        )
+    given = {name: str(value) for name, value in schedule.parameters.items()}
+    given["spec"] = spec_argument(load_spec(schedule.spec))
     return CronWorkflow(
-        name=name,
+        name=schedule.name,
         labels=_LABELS,
-        schedules=[schedule.cron],
-        timezone=schedule.timezone,
+        schedules=[" ".join(fields)],
+        timezone=timezone,
         concurrency_policy="Forbid",
-        starting_deadline_seconds=schedule.starting_deadline_seconds,
-        cron_suspend=schedule.suspend,
+        starting_deadline_seconds=STARTING_DEADLINE_SECONDS,
+        cron_suspend=not schedule.enabled,
         workflow_template_ref=argo.WorkflowTemplateRef(name=settings.name),
-        arguments=[Parameter(name="spec", value=spec_argument(schedule.spec))],
+        service_account_name=schedule.service_account,
+        arguments=[Parameter(name=name, value=value) for name, value in given.items()],
     )
 
 
 def write_argo(
-    settings: Settings, path: Path = COMPILED, *, namespace: str | None = None, schedule: Schedule | None = None
+    settings: Settings,
+    path: Path = COMPILED,
+    *,
+    namespace: str | None = None,
+    schedules: Sequence[Schedule] = (),
+    timezone: str | None = None,
 ) -> Path:
-    """Write the YAML for ``kubectl apply``: the `WorkflowTemplate`, and with a schedule its `CronWorkflow`.
+    """Write the YAML for ``kubectl apply``: the `WorkflowTemplate`, and a `CronWorkflow` for each schedule.
 
     The file is ASCII, and has the same bytes every time; returns ``path``.
+
+    Args:
+        settings: of the deployment.
+        path: the file to write.
+        namespace: of the objects.
+        schedules: of the schedules file.
+        timezone: of the schedules; by default the controller's.
 
     Raises:
         SpecError: as :func:`workflow_template` and :func:`cron_workflow`.
     """
     workflows: list[WorkflowTemplate | CronWorkflow] = [workflow_template(settings)]
-    if schedule is not None:
-        workflows.append(cron_workflow(settings, schedule))
+    workflows += [cron_workflow(settings, schedule, timezone=timezone) for schedule in schedules]
     for workflow in workflows:
         workflow.namespace = namespace
     write_atomically(path, "---\n".join(to_yaml(each) for each in workflows).encode("ascii"))
@@ -299,7 +304,7 @@ def _container(
     command, arguments = _command(commands)
     return Container(
         name=name if name is not None else row.name,
-        image="{{workflow.parameters.image}}",
+        image=f"{{{{workflow.parameters.{_IMAGE}}}}}",
         image_pull_policy=settings.image_pull_policy,
         command=command,
         args=arguments,
@@ -396,8 +401,3 @@ def _claim(workspace: Workspace) -> argo.PersistentVolumeClaim:
             resources=argo.VolumeResourceRequirements(requests={"storage": argo.Quantity(root=workspace.size)}),
         ),
     )
-
-
-def _check_length(where: str, name: str, longest: int) -> None:
-    if len(name) > longest:
-        raise SpecError(f"{where}: {name!r} has {len(name)} characters, and Argo takes {longest}", "shorten it")

@@ -21,11 +21,12 @@ from mlflow import MlflowClient
 from automerge.errors import SpecError
 from automerge.preservation import Evaluation
 from automerge.searching.store import read_trials
-from automerge.spec import parse_spec
+from automerge.spec import load_spec, parse_spec
 from automerge.stages.documents import Registration
 from automerge.testing.s3_server import S3Server
-from automerge_pipelines.argo import COMPILED, Schedule, write_argo
+from automerge_pipelines.argo import COMPILED, write_argo
 from automerge_pipelines.flow import CONFIG_KEYS, FLOW, REGISTRY_SECRET_KEYS, S3_SECRET_KEYS
+from automerge_pipelines.schedules import Schedule
 from automerge_pipelines.settings import Settings
 from tests.e2e.tiny import TinyPair, tiny_spec
 from tests.pipelines.argo_executor import Finished, RunStep, run_workflow, subprocess_runner
@@ -74,6 +75,14 @@ VARIANTS = {
 }
 
 
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    """The spec of the tiny job, whose files are not read."""
+    path = tmp_path / "spec.json"
+    path.write_text(tiny_spec("s3://models/tiny", "sqlite:///mlflow.db").model_dump_json())
+    return path
+
+
 def compiled(settings: Settings, folder: Path, **options: Any) -> list[Json]:
     return list(yaml.safe_load_all(write_argo(settings, folder / "argo.yaml", **options).read_text()))
 
@@ -115,9 +124,10 @@ def object_of_kubernetes(version: str, kind: str, content: Json) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_is_valid(name: str, tmp_path: Path, spec_text: str) -> None:
-    schedule = Schedule(parse_spec(spec_text), "0 3 * * *", timezone="Europe/Berlin")
-    template, cron = compiled(VARIANTS[name], tmp_path, schedule=schedule, namespace="models")
+def test_every_variant_is_valid(name: str, tmp_path: Path, spec_file: Path) -> None:
+    schedule = Schedule(name="nightly", cron="0 3 * * *", spec=spec_file, service_account="automerge")
+    options: Json = {"schedules": [schedule], "timezone": "Europe/Berlin", "namespace": "models"}
+    template, cron = compiled(VARIANTS[name], tmp_path, **options)
     for document in (template, cron):
         check(document)
         assert document["metadata"]["namespace"] == "models"
@@ -156,6 +166,7 @@ def test_the_compiled_template_is_up_to_date_and_does_not_depend_on_the_process(
 import sys
 from pathlib import Path
 from automerge_pipelines.argo import write_argo
+from automerge_pipelines.schedules import Schedule
 from automerge_pipelines.settings import Settings
 write_argo(Settings(), Path(sys.argv[1]))
 """
@@ -313,57 +324,70 @@ def test_no_text_of_a_run_is_part_of_a_command(variant: str, tmp_path: Path) -> 
     assert found <= {"{{workflow.status}}", "--run={{workflow.name}}", "--input={{inputs.parameters.input}}"}
 
 
-# --- the schedule
+# --- the schedules
 
 
-def test_a_schedule_runs_the_template_with_its_spec_one_run_at_a_time(tmp_path: Path, spec_text: str) -> None:
-    spec = parse_spec(spec_text)
-    schedule = Schedule(spec, "@daily", name="nightly", timezone="Europe/Berlin", suspend=True)
-    _, document = compiled(EVERYTHING, tmp_path, schedule=schedule)
-    assert document["metadata"]["name"] == "nightly"
-    own = document["spec"]
-    workflow = own.pop("workflowSpec")
-    assert own == {
-        "schedules": ["@daily"],
-        "timezone": "Europe/Berlin",
-        "concurrencyPolicy": "Forbid",
-        "startingDeadlineSeconds": 300,
-        "suspend": True,
-    }
-    assert workflow["workflowTemplateRef"] == {"name": "merge"}
-    (parameter,) = workflow["arguments"]["parameters"]
-    assert parameter["name"] == "spec"
-    assert parse_spec(parameter["value"]) == spec
+def test_a_schedule_runs_the_template_with_its_spec_one_run_at_a_time(tmp_path: Path, spec_file: Path) -> None:
+    schedules = [
+        Schedule(name="nightly", cron="30 3 * * mon-fri", spec=spec_file),
+        Schedule(
+            name="yearly",
+            cron="0 0 0 1 1 *",
+            spec=spec_file,
+            parameters={"image": "mirror.example/automerge:1"},
+            enabled=False,
+            service_account="automerge",
+        ),
+    ]
+    _, *crons = compiled(EVERYTHING, tmp_path, schedules=schedules, timezone="Europe/Berlin")
+    for cron, (name, start, suspended) in zip(
+        crons, [("nightly", "30 3 * * mon-fri", False), ("yearly", "0 0 1 1 *", True)], strict=True
+    ):
+        assert cron["metadata"]["name"] == name
+        assert {key: value for key, value in cron["spec"].items() if key != "workflowSpec"} == {
+            "schedules": [start],
+            "timezone": "Europe/Berlin",
+            "concurrencyPolicy": "Forbid",
+            "startingDeadlineSeconds": 300,
+            "suspend": suspended,
+        }
+    nightly, yearly = (cron["spec"]["workflowSpec"] for cron in crons)
+    assert nightly["workflowTemplateRef"] == yearly["workflowTemplateRef"] == {"name": "merge"}
+    assert "serviceAccountName" not in nightly
+    assert yearly["serviceAccountName"] == "automerge"
+    given = [{item["name"]: item["value"] for item in flow["arguments"]["parameters"]} for flow in (nightly, yearly)]
+    assert [parse_spec(values.pop("spec")) for values in given] == [load_spec(spec_file)] * 2
+    assert given == [{}, {"image": "mirror.example/automerge:1"}]
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"cron": "0 3 * *"}, "schedule: '0 3 * *' is no cron expression of Argo; write five fields"),
-        ({"cron": "0 0 3 * * *"}, "schedule: '0 0 3 * * *' is no cron expression of Argo; write five fields"),
-        ({"name": "Nightly"}, "schedule: 'Nightly' is no name of a Kubernetes object; use small letters"),
-        ({"name": "n" * 53}, r"schedule: 'n+' has 53 characters, and Argo takes 52; shorten it"),
+        (
+            {"cron": "*/10 0 3 * * *"},
+            "schedule 'nightly': Argo Workflows starts nothing at second '*/10'; write a cron of five fields",
+        ),
+        (
+            {"parameters": {"cpu": 4}},
+            "schedule 'nightly': the workflow template has no parameter 'cpu'; it has 'image'; put the rest into the "
+            "deployment settings",
+        ),
     ],
 )
-def test_what_cannot_be_a_schedule(changes: Json, sentence: str, tmp_path: Path, spec_text: str) -> None:
-    schedule = Schedule(**{"spec": parse_spec(spec_text), "cron": "@daily", **changes})
-    with pytest.raises(SpecError, match=sentence.replace("*", r"\*") if "n+" not in sentence else sentence):
-        write_argo(Settings(), tmp_path / "argo.yaml", schedule=schedule)
-    assert not list(tmp_path.iterdir())
+def test_what_argo_cannot_schedule(changes: Json, sentence: str, tmp_path: Path, spec_file: Path) -> None:
+    schedule = Schedule.model_validate({"name": "nightly", "cron": "0 3 * * *", "spec": spec_file, **changes})
+    with pytest.raises(SpecError) as raised:
+        write_argo(Settings(), tmp_path / "argo.yaml", schedules=[schedule])
+    assert str(raised.value) == sentence
+    assert not (tmp_path / "argo.yaml").exists()
 
 
 def test_a_name_that_argo_does_not_take(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="has 64 characters, and Argo takes 63; shorten it"):
+    with pytest.raises(SpecError, match="has 64 characters, and Argo Workflows takes 63; shorten it"):
         write_argo(Settings(name="n" * 64), tmp_path / "argo.yaml")
 
 
 # --- the steps
-
-
-@pytest.fixture
-def spec_text(pair: TinyPair) -> str:
-    """The spec of the tiny pair, as a file's text."""
-    return tiny_spec(str(pair.folder), "sqlite:///mlflow.db").model_dump_json()
 
 
 @dataclass
