@@ -111,10 +111,10 @@ def test_the_console_script_answers_without_loading_anything_heavy(arguments: tu
 def test_help_names_every_command(automerge: Automerge) -> None:
     ended = automerge("--help")
     assert ended.code == 0
-    commands = re.findall(r"^  ([a-z]+)  ", ended.out.partition("Commands:")[2], flags=re.MULTILINE)
-    assert commands == sorted(
-        ["init", "validate", "schema", "fetch", "segment", "search", "merge", "apply", "evaluate", "register", "run"]
-    )
+    commands = re.findall(r"^  ([a-z-]+)  ", ended.out.partition("Commands:")[2], flags=re.MULTILINE)
+    stages = ["resolve", "fetch", "segment", "search", "merge", "evaluate", "register", "run"]
+    cluster = ["compile", "deploy", "submit", "report-status"]
+    assert commands == sorted(["init", "validate", "schema", "apply", *stages, *cluster])
     for command in commands:
         assert automerge(command, "-h").code == 0
 
@@ -203,6 +203,25 @@ def test_schema_prints_the_specs_or_writes_all(automerge: Automerge, tmp_path: P
     assert "schemas/recipe.schema.json" in written
 
 
+# --- for a cluster
+
+
+def test_compile_writes_what_the_format_says(automerge: Automerge, spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "schedules.yaml").write_text("schedules: [{name: nightly, cron: 0 3 * * *, spec: spec.json}]")
+    (tmp_path / "settings.yaml").write_text("name: merge")
+    arguments = ("--settings", "settings.yaml", "--schedules", "schedules.yaml", "--timezone", "Europe/Berlin")
+    ended = automerge("compile", "--format", "argo", "--namespace", "models", *arguments)
+    assert (ended.code, ended.out) == (0, "wrote merge.yaml\n")
+    template, cron = yaml.safe_load_all((tmp_path / "merge.yaml").read_text())
+    assert (template["kind"], template["metadata"]["name"]) == ("WorkflowTemplate", "merge")
+    assert (cron["kind"], cron["metadata"]["name"]) == ("CronWorkflow", "nightly")
+    assert cron["spec"]["timezone"] == "Europe/Berlin"
+    assert cron["metadata"]["namespace"] == template["metadata"]["namespace"] == "models"
+    refused = automerge("compile", *arguments)
+    assert refused.code == 2
+    assert refused.err.startswith("error: --schedules and --timezone need --format argo; `automerge deploy` makes ")
+
+
 # --- the stages
 
 
@@ -287,6 +306,41 @@ def test_a_refused_model_ends_with_3(automerge: Automerge, spec: Path, tmp_path:
     assert register.code == 2
     assert register.err.startswith("error: the quality gate refused this model: task '")
     assert register.err.endswith("; merge better sources, search longer, or lower the gate\n")
+
+
+@pytest.mark.parametrize(("gate", "verdict"), [({}, "pass"), ({"min_worst_pr": 1000}, "fail")])
+def test_a_verdict_in_a_file_is_no_failure(
+    automerge: Automerge, spec: Path, tmp_path: Path, gate: dict[str, float], verdict: str
+) -> None:
+    rewrite(spec, gate=gate)
+    for command in ("fetch", "segment", "search", "merge"):
+        assert automerge(command, "spec.json").code == 0
+    ended = automerge("evaluate", "spec.json", "--verdict", "made/verdict")
+    assert ended.code == 0, ended.err
+    assert f"gate:   {verdict} (" in ended.out
+    assert (tmp_path / "made" / "verdict").read_text() == verdict
+
+
+def test_the_inputs_one_by_one(automerge: Automerge, spec: Path, tmp_path: Path) -> None:
+    resolved = automerge("resolve", "spec.json", "--names", "names.json")
+    assert resolved.code == 0, resolved.err
+    names = json.loads((tmp_path / "names.json").read_text())
+    assert names == ["base", "left", "right", "left/validation", "left/test", "right/validation", "right/test"]
+    assert [line.split()[0] for line in resolved.out.splitlines()] == names
+    assert not (tmp_path / "runs").exists()
+    for name in names:
+        assert automerge("fetch", "spec.json", f"--input={name}").code == 0
+    folder = tmp_path / "runs" / "tiny" / "fetch"
+    assert not (folder / "manifest.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(before) == len(names)
+    assert automerge("fetch", "spec.json").code == 0
+    assert (folder / "manifest.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "an input was fetched again"
+
+    unknown = automerge("fetch", "spec.json", "--input=lefd")
+    assert unknown.code == 2
+    assert unknown.err.startswith("error: the spec has no input 'lefd'; did you mean 'left'?")
 
 
 def test_a_point_of_the_front_is_merged(automerge: Automerge, spec: Path, tmp_path: Path) -> None:
