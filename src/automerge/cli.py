@@ -476,7 +476,7 @@ def deploy(
         from automerge_pipelines.deployed import list_deployed, prune_versions
         from automerge_pipelines.experiments import find_experiment
         from automerge_pipelines.recurring_runs import apply_schedules, prepare_schedules
-        from automerge_pipelines.versions import compile_package, upload
+        from automerge_pipelines.versions import compile_package, list_versions, upload
     from automerge_pipelines.schedules import load_schedules
     from automerge_pipelines.settings import load_settings
 
@@ -497,6 +497,12 @@ def deploy(
     click.echo(
         f"pipeline {deployed.pipeline}: version {deployed.name} {'uploaded' if uploaded else 'is there already'}"
     )
+    newest = next(list_versions(server, deployed.pipeline_id)).display_name
+    if newest != deployed.name:
+        click.echo(
+            f"notice: version {newest} is newer, and what `automerge submit` takes without --version {deployed.name}",
+            err=True,
+        )
     if wanted is not None:
         group = find_experiment(server, experiment)
         for change in apply_schedules(server, deployed, wanted, group, prune=prune_schedules):
@@ -556,7 +562,7 @@ def submit(
 ) -> None:
     """Run a spec on the deployed pipeline, unless it goes on there already or has succeeded.
 
-    With --wait it exits with 0 if the model was registered, and with 3 if the quality gate refused it.
+    With --wait it exits with 0 if the model was registered, 3 if the quality gate refused it, 1 if the run failed.
     """
     with _extra("submitting to Kubeflow Pipelines", "kfp"):
         from automerge_pipelines import submit as submitting

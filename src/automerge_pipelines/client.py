@@ -180,6 +180,7 @@ def _configuration(address: str) -> Any:
         total=2,
         other=0,
         redirect=False,  # it leads to a login page
+        respect_retry_after_header=False,  # it may name an hour
         status_forcelist=_TRANSIENT,
         allowed_methods={"GET"},
         backoff_factor=0.2,

@@ -16,8 +16,8 @@ from automerge_pipelines.parameters import S3_SECRET
 from automerge_pipelines.recurring_runs import UNFINISHED
 from automerge_pipelines.versions import Version
 
-REGISTER = "register"
-"""The task that only runs if the gate let the model pass."""
+EVALUATE, REGISTER = "evaluate", "register"
+"""The task that judges the model by the quality gate, and the one that only runs if the model passes."""
 
 Verdict = Literal["passed", "refused"]
 
@@ -31,6 +31,12 @@ _PATIENCE = 300.0
 # Names of the engine's own nodes, which are no tasks of a pipeline; by its source, not seen on a cluster.
 _PLUMBING = re.compile(r"^(root|executor|system-).*|.*-driver$|.*\(\d+\)$")
 _CANNOT_START = re.compile(r'CreateContainerConfigError|secrets? "[^"]+" not found')
+
+
+class RunError(KubeflowError):
+    """A run that we followed failed or was cancelled."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,9 @@ def wait(
         Whether the quality gate let the model pass, which is to say whether `register` ran.
 
     Raises:
-        KubeflowError: the run failed, was cancelled, cannot start for want of a secret, or is not done in time; or the
-            server did not answer for five minutes.
+        RunError: the run failed or was cancelled.
+        KubeflowError: the run cannot start for want of a secret, or is not done in time; the server did not answer for
+            five minutes, or does not say which tasks ran.
     """
     begin = answered = time.monotonic()
     seen: dict[str, str] = {}
@@ -202,23 +209,22 @@ def _verdict(found: Any, run: Submitted) -> Verdict | None:
                 f"create the secret it waits for, or end the run: {run.url}",
             )
         return None
-    if state == "SUCCEEDED":
-        tasks = [task for task in _tasks(found) if task.display_name == REGISTER]
-        if not _tasks(found):
-            raise KubeflowError(
-                f"run {run.name!r} succeeded, but the server does not say which of its tasks ran",
-                f"see whether the model was registered: {run.url}",
-            )
-        return "passed" if any(task.state == "SUCCEEDED" for task in tasks) else "refused"
-    failed = [
-        str(task.display_name)
-        for task in _tasks(found)
-        if task.state == "FAILED" and not _PLUMBING.fullmatch(task.display_name or "")
-    ]
+    tasks = [(str(task.display_name), str(task.state)) for task in _tasks(found)]
+    failed = [name for name, task in tasks if task == "FAILED" and not _PLUMBING.fullmatch(name)]
+    # Servers before 2.5 call a run with an exit handler a success whatever failed in it.
+    if state == "SUCCEEDED" and not failed:
+        if (REGISTER, "SUCCEEDED") in tasks:
+            return "passed"
+        if (EVALUATE, "SUCCEEDED") in tasks:
+            return "refused"
+        raise KubeflowError(
+            f"run {run.name!r} succeeded, but the server does not say whether {EVALUATE!r} and {REGISTER!r} ran",
+            f"see whether the model was registered: {run.url}",
+        )
     where = f" in {', '.join(repr(name) for name in dict.fromkeys(failed))}" if failed else ""
     said = next(_messages(found), "")
-    word = {"FAILED": "failed", "CANCELED": "was cancelled"}.get(state, f"ended as {state}")
-    raise KubeflowError(f"run {run.name!r} {word}{where}" + (f" ({said})" if said else ""), f"its log is at {run.url}")
+    word = {"FAILED": "failed", "SUCCEEDED": "failed", "CANCELED": "was cancelled"}.get(state, f"ended as {state}")
+    raise RunError(f"run {run.name!r} {word}{where}" + (f" ({said})" if said else ""), f"its log is at {run.url}")
 
 
 def _messages(found: Any) -> Iterator[str]:

@@ -182,6 +182,16 @@ class KfpServer:
             frame["error"] = {"code": 13, "message": error}
         self.frames.append(frame)
 
+    def see_nothing_once(self, operation: str) -> None:
+        """The next answer of an operation that lists has no items."""
+        look = getattr(self, operation)
+
+        def nothing(*arguments: Any) -> Json:
+            setattr(self, operation, look)
+            return {"total_size": 0}
+
+        setattr(self, operation, nothing)
+
     # --- what the operations do ---
 
     def healthz_service_get_healthz(self, path: list[str], query: Json, body: Any) -> Json:
@@ -235,6 +245,8 @@ class KfpServer:
 
     def experiment_service_create_experiment(self, path: list[str], query: Json, body: Json) -> Json:
         self._namespace(body)
+        if any(item["display_name"] == body["display_name"] for item in self.experiments.values()):
+            raise RefusedError(409, "Already exist error: the name is taken")
         return self._add("experiments", "experiment_id", body)
 
     def run_service_list_runs(self, path: list[str], query: Json, body: Any) -> Json:

@@ -91,6 +91,7 @@ def test_other_settings_are_another_version_and_the_recurring_run_follows(
     assert left["pipeline_version_reference"]["pipeline_version_id"] == new["pipeline_version_id"]
     back = automerge("deploy")
     assert f"version {old['name']} is there already" in back.out
+    assert f"notice: version {new['name']} is newer, and what `automerge submit` takes" in back.err
 
 
 def test_what_a_recurring_run_is_made_of(scheduling: Scheduling, server: KfpServer, spec: Path) -> None:
@@ -266,24 +267,17 @@ def test_listing(automerge: Command, server: KfpServer, schedules: Path) -> None
     assert server.changes() == []
 
 
-def test_someone_else_uploads_at_the_same_moment(client: Server, package: Package, server: KfpServer) -> None:
-    """The name is taken between the look and the upload."""
-    upload(client, package)
-    kept = dict(server.pipeline_versions), dict(server.pipelines)
-    for operation, held in [("pipeline_versions", kept[0]), ("pipelines", kept[1])]:
-        getattr(server, operation).clear()
-        listed = f"pipeline_service_list_{operation}"
-        look = getattr(server, listed)
-
-        def not_yet(*arguments: Any, _look: Any = look, _held: Any = held, _what: str = operation) -> Any:
-            answer = _look(*arguments)
-            getattr(server, _what).update(_held)
-            return answer
-
-        setattr(server, listed, not_yet)
-        server.pipelines.update(kept[1] if operation == "pipeline_versions" else {})
-        assert upload(client, package)[0].id in kept[0]
-    assert len(server.pipeline_versions) == len(server.pipelines) == 1
+def test_someone_else_makes_the_same_at_the_same_moment(client: Server, package: Package, server: KfpServer) -> None:
+    """Each is not there when we look, and there when we make it."""
+    version, uploaded = upload(client, package)
+    experiment = find_experiment(client, "automerge")
+    assert uploaded
+    for what in ("pipeline_service_list_pipelines", "pipeline_service_list_pipeline_versions"):
+        server.see_nothing_once(what)
+        assert upload(client, package) == (version, False)
+    server.see_nothing_once("experiment_service_list_experiments")
+    assert find_experiment(client, "automerge") == experiment
+    assert len(server.pipelines) == len(server.pipeline_versions) == len(server.experiments) == 1
 
 
 def test_on_a_server_of_several_users_everything_is_in_the_namespace(

@@ -143,7 +143,7 @@ def test_waiting_for_a_run_that_fails(automerge: Command, server: KfpServer, spe
     server.show("RUNNING", fetch="RUNNING")
     server.show("FAILED", error="s3://models/tiny/base: no such object.", fetch="FAILED")
     done = follow(automerge, spec)
-    assert done.code == 2
+    assert done.code == 1
     [run] = server.runs.values()
     assert done.err.splitlines()[-1] == (
         f"error: run {run['display_name']!r} failed in 'fetch' (s3://models/tiny/base: no such object); "
@@ -155,15 +155,35 @@ def test_waiting_for_a_run_that_is_cancelled(automerge: Command, server: KfpServ
     server.show("CANCELING", fetch="RUNNING")
     server.show("CANCELED", fetch="FAILED")
     done = follow(automerge, spec)
-    assert done.code == 2
+    assert done.code == 1
     assert "was cancelled in 'fetch'" in done.err
 
 
-def test_waiting_for_a_run_whose_tasks_are_not_known(automerge: Command, server: KfpServer, spec: Path) -> None:
-    server.show("SUCCEEDED")
+def test_a_success_in_which_a_task_failed_is_none(automerge: Command, server: KfpServer, spec: Path) -> None:
+    """So older servers report a run with an exit handler; it must not pass for a model that the gate refused."""
+    server.show("SUCCEEDED", fetch="SUCCEEDED", segment="SUCCEEDED", search_merge="FAILED", report_status="SUCCEEDED")
+    done = follow(automerge, spec)
+    assert done.code == 1
+    assert "failed in 'search-merge'; its log is at" in done.err
+
+
+@pytest.mark.parametrize("shown", [{}, {"fetch": "SUCCEEDED", "report_status": "SUCCEEDED"}])
+def test_a_success_that_says_nothing_of_the_gate_is_no_verdict(
+    automerge: Command, server: KfpServer, spec: Path, shown: dict[str, str]
+) -> None:
+    server.show("SUCCEEDED", **shown)
     done = follow(automerge, spec)
     assert done.code == 2
-    assert "succeeded, but the server does not say which of its tasks ran" in done.err
+    assert "succeeded, but the server does not say whether 'evaluate' and 'register' ran" in done.err
+
+
+def test_an_attempt_that_failed_before_another_succeeded_is_no_failure(
+    automerge: Command, server: KfpServer, spec: Path
+) -> None:
+    server.show("SUCCEEDED", **tasks(), **{"fetch(0)": "FAILED", "executor": "FAILED"})
+    done = follow(automerge, spec)
+    assert done.code == 0
+    assert "(0)" not in done.err
 
 
 @pytest.mark.parametrize(
