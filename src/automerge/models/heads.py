@@ -41,6 +41,7 @@ class Heads:
     ) -> None:
         self._modules: dict[str, nn.Module] = {}
         self.live: dict[str, torch.Tensor] = {}
+        self._spellings: dict[str, list[str]] | None = None
         headless: nn.Module | None = None
         for reference, own in private.items():
             if not own and headless is not None:
@@ -67,6 +68,13 @@ class Heads:
         """The module whose head is that of ``reference``."""
         return self._modules[reference]
 
+    def fits(self, shared: Tensors) -> bool:
+        """Whether `load` can take other shared tensors without changing them: all are there, in the live form."""
+        found = ((tensor, self._spelled(name, shared)) for name, tensor in self.live.items())
+        return all(
+            other is not None and (other.shape, other.dtype) == (tensor.shape, tensor.dtype) for tensor, other in found
+        )
+
     @torch.no_grad()
     def load(self, shared: Tensors) -> None:
         """Copy other shared tensors in; of a tied tensor any of its names will do.
@@ -74,13 +82,22 @@ class Heads:
         Raises:
             KeyError: a tensor of ``live`` is missing.
         """
-        _, _, tied = state_names(next(iter(self._modules.values())))
-        spellings: dict[str, list[str]] = {}
-        for alias, name in tied.items():
-            spellings.setdefault(name, []).append(alias)
         for name, tensor in self.live.items():
-            found = next((spelling for spelling in (name, *spellings.get(name, [])) if spelling in shared), name)
-            tensor.copy_(shared[found])
+            other = self._spelled(name, shared)
+            if other is None:
+                raise KeyError(name)
+            tensor.copy_(other)
+
+    def _spelled(self, name: str, shared: Tensors) -> torch.Tensor | None:
+        """A live tensor's counterpart, under whichever of its names it is there."""
+        if name in shared:
+            return shared[name]
+        if self._spellings is None:
+            _, _, tied = state_names(next(iter(self._modules.values())))
+            self._spellings = {}
+            for alias, of in tied.items():
+                self._spellings.setdefault(of, []).append(alias)
+        return next((shared[alias] for alias in self._spellings.get(name, []) if alias in shared), None)
 
 
 def _share(module: nn.Module, live: Tensors) -> None:

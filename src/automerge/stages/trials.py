@@ -156,8 +156,7 @@ class TrialRun:
         found: dict[str, Scores] = {}
         for reference in self.loaded.inputs.references:
             own = {name: task for name, task in self.tasks.items() if task.reference == reference}
-            heads = self.loaded.heads(self.loaded.shared(reference), [reference])
-            found |= self._scores_of(heads, own)
+            found |= self._scores_with(self.loaded.shared(reference), reference, own)
         return {name: found[name] for name in self.tasks}
 
     def recalibrate_trials(self) -> None:
@@ -223,10 +222,27 @@ class TrialRun:
             )
             losses = []
             for other in others:
-                heads = self.loaded.heads(self.loaded.shared(other, fitted=True), [task.reference], like=other)
-                losses.append(self._scores_of(heads, {name: task})[name].mean_loss)
+                shared = self.loaded.shared(other, fitted=True)
+                losses.append(self._scores_with(shared, task.reference, {name: task}, like=other)[name].mean_loss)
             found[name] = min(losses)
         return found
+
+    def _scores_with(
+        self,
+        shared: Mapping[str, torch.Tensor],
+        reference: str,
+        tasks: Mapping[str, MeasuredTask],
+        like: str | None = None,
+    ) -> dict[str, Scores]:
+        """The scores of a checkpoint's shared tensors under the head of a reference.
+
+        In the live model, if that is of the checkpoint's form: a device that just holds the search holds no second one.
+        """
+        if self.loaded.inputs.spec.merge.dtype == "same" and self.heads.fits(shared):
+            self.merger.forget()
+            self.heads.load(shared)
+            return self._scores_of(self.heads, tasks)
+        return self._scores_of(self.loaded.heads(shared, [reference], like=like), tasks)
 
     def _scores_of(self, heads: Heads, tasks: Mapping[str, MeasuredTask]) -> dict[str, Scores]:
         search = self.loaded.inputs.spec.search
