@@ -211,7 +211,7 @@ def _verdict(found: Any, run: Submitted) -> Verdict | None:
         return None
     tasks = [(str(task.display_name), str(task.state)) for task in _tasks(found)]
     failed = [name for name, task in tasks if task == "FAILED" and not _PLUMBING.fullmatch(name)]
-    # Servers before 2.5 call a run with an exit handler a success whatever failed in it.
+    # Older servers call a run with an exit handler a success whatever failed in it (kubeflow/pipelines#11405).
     if state == "SUCCEEDED" and not failed:
         if (REGISTER, "SUCCEEDED") in tasks:
             return "passed"

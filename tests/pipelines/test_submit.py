@@ -51,6 +51,15 @@ def test_a_run_is_started_once(automerge: Command, server: KfpServer, spec: Path
     assert server.changes() == []
 
 
+def test_the_user_interface_may_be_elsewhere(
+    automerge: Command, server: KfpServer, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOMERGE_KFP_UI", "https://kubeflow.example/_/pipeline/")
+    done = automerge("submit", spec)
+    [identity] = server.runs
+    assert done.out.splitlines()[1] == f"https://kubeflow.example/_/pipeline/#/runs/details/{identity}"
+
+
 @pytest.mark.parametrize(
     ("state", "storage", "starts"),
     [
