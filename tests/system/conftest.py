@@ -1,5 +1,6 @@
-"""A real run for the system tests to look at."""
+"""What the system tests share: a real run to look at, and a Docker Engine with the images in it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from automerge.spec import Spec
 from automerge.stages.run import run
 from tests.e2e.tiny import TinyPair, tiny_spec
+from tests.system.docker_engine import running_engine
+from tests.system.images import Images, built_images
 
 LONG_NAME = "right-again-under-a-rather-long-name"
 
@@ -32,3 +35,10 @@ def finished_run(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Ru
     outcome = run(spec, folder)
     assert outcome.registration is not None
     return Run(spec, folder)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
+    """Both CPU images, just built, in a running engine of the tests' own."""
+    with running_engine() as engine, built_images(engine, tmp_path_factory.mktemp("wheels")) as images:
+        yield images

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the system tests need from Debian: Prometheus' promtool, its Pushgateway, Chromium.
+# Installs what the system tests need from Debian: Prometheus' promtool, its Pushgateway, Chromium, the Docker Engine, and
+# debootstrap for a base image.
 set -euo pipefail
-packages=(prometheus prometheus-pushgateway chromium)
+packages=(prometheus prometheus-pushgateway chromium docker.io debootstrap)
 missing=()
 for package in "${packages[@]}"; do
   dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
@@ -11,7 +12,7 @@ if (($(id -u) != 0)); then
   echo "the system tests need root to install: ${missing[*]}" >&2
   exit 2
 fi
-# The packages' services must not start: the tests run the programs themselves, on ports of their own.
+# The packages' services must not start: the tests run the programs themselves, on ports and sockets of their own.
 if [[ ! -e /usr/sbin/policy-rc.d ]]; then
   printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
   chmod +x /usr/sbin/policy-rc.d
