@@ -17,6 +17,7 @@ import click
 
 from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, MissingExtraError, SpecError
+from automerge.stages.process import INTERRUPTED
 from automerge.telemetry.logs import configure_logs, redact
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 GATE_FAILED = 3
 """Exit code of a run whose merged model the quality gate refused."""
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, by the shell's convention."""
 
 _SPEC = click.argument("spec", type=click.Path(path_type=Path))
 _OUTPUT = click.option(
