@@ -31,7 +31,14 @@ from automerge.documents import write_atomically
 from automerge.errors import SpecError
 from automerge.spec import load_spec
 from automerge_pipelines.arguments import spec_argument
-from automerge_pipelines.flow import CONFIG_KEYS, FLOW, REGISTRY_SECRET_KEYS, S3_SECRET_KEYS, FlowTask
+from automerge_pipelines.flow import (
+    CONFIG_KEYS,
+    FLOW,
+    MODEL_ENVIRONMENT,
+    REGISTRY_SECRET_KEYS,
+    S3_SECRET_KEYS,
+    FlowTask,
+)
 from automerge_pipelines.schedules import Schedule
 from automerge_pipelines.settings import Settings, TaskSettings, Toleration, Workspace
 
@@ -67,11 +74,6 @@ _JUDGE = "evaluate"
 """The stage whose verdict decides whether those that read it run."""
 
 _LABELS = {"app.kubernetes.io/name": "automerge"}
-
-MODEL_ENVIRONMENT = {
-    # Segments that grow keep the allocator from failing on fragments, after hundreds of trials of different techniques.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
-}
 
 _OPTIONS = {
     "search": ("--resume",),  # a pod that is started again goes on where the last one stopped

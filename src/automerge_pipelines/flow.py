@@ -80,3 +80,9 @@ CONFIG_KEYS = (
     "AUTOMERGE_LOG_LEVEL",
 )
 """Keys of the secrets and the config map are the names of the environment variables; each of them may be missing."""
+
+MODEL_ENVIRONMENT = {
+    # Segments that grow keep the allocator from failing on fragments, after hundreds of trials of different techniques.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
+}
+"""Environment of the tasks that run models."""

@@ -26,18 +26,19 @@ from automerge_components import (
     search_merge,
     segment,
 )
-from automerge_pipelines.flow import CONFIG_KEYS, FLOW, REGISTRY_SECRET_KEYS, S3_SECRET_KEYS, FlowTask
+from automerge_pipelines.flow import (
+    CONFIG_KEYS,
+    FLOW,
+    MODEL_ENVIRONMENT,
+    REGISTRY_SECRET_KEYS,
+    S3_SECRET_KEYS,
+    FlowTask,
+)
 from automerge_pipelines.settings import Settings, Workspace
 
 COMPILED = Path(__file__).with_name("merge_pipeline.yaml")
 
 Format = Literal["kfp", "kubernetes"]
-
-MODEL_ENVIRONMENT = {
-    # Segments that grow keep the allocator from failing on fragments, after hundreds of trials of different techniques.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
-}
-"""Of the tasks that run models."""
 
 
 class Outputs(NamedTuple):
