@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import shutil
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -361,6 +362,26 @@ def test_copies_are_made_from_time_to_time_and_on_request(place: str, tmp_path: 
     seldom = mirror_of(place, here)
     with seldom.kept(here):
         becomes(5, seldom.copy_soon)
+
+
+def test_large_statistics_do_not_hold_up_the_end(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = written(tmp_path / "here", 2)
+    (here / "statistics.safetensors").touch()
+    mirror = mirror_of(place, here)
+    mirror.hold_statistics("key", here / "statistics.safetensors")
+    under_way, enough = threading.Event(), threading.Event()
+
+    def slowly(*_: object) -> None:
+        under_way.set()
+        enough.wait(60)
+
+    monkeypatch.setattr(storage, "upload", slowly)
+    monkeypatch.setattr("automerge.stages.mirror.FLUSH_SECONDS", 3)
+    with mirror.kept(here):
+        assert under_way.wait(60)
+        written(here, 3)
+    assert len(copy_at(place)["trials.jsonl"].splitlines()) == 3
+    enough.set()
 
 
 def test_the_end_does_not_wait_for_ever(

@@ -458,7 +458,7 @@ class DaskWorkers(_Closing):
 
     Args:
         address: ``dask://host:port`` of the scheduler.
-        factory: called once in each process, with index 0; what it reads must be there on all workers.
+        factory: called once in each process, with index 0; it has to find what it reads on every worker.
         count: trials at a time. None: as many as there are Dask workers at the start.
         trial_seconds: see `ProcessWorkers`.
 

@@ -9,7 +9,7 @@
 ``statistics/<key>.safetensors``
     what was gathered from the sources before the search, if its techniques need that; written once.
 
-A thread of its own writes the copy, every ``AUTOMERGE_MIRROR_SECONDS`` (60), after each phase and at the end. It never
+Threads of its own write the copy, every ``AUTOMERGE_MIRROR_SECONDS`` (60), after each phase and at the end. It never
 fails the search, and holds up nothing but its end, for `FLUSH_SECONDS` at most. A process that was taken for dead may
 still be writing: a copy is replaced only by one that has got further (``automerge.storage.write_object``).
 """
@@ -46,6 +46,7 @@ FLUSH_SECONDS = 20.0
 """How long the end of a search waits for its last copy: a pod that is preempted has 30 seconds in all."""
 
 _SECONDS = 60.0
+_ATTEMPTS = 5
 _COPY = "search.zip"
 _REFINEMENT = re.compile(r"refinement-\d+\.json")
 
@@ -73,6 +74,7 @@ class Mirror:
         self._statistics_damaged = False
         self._out = False
         self._overtaken = False
+        self._writing = threading.Lock()
         self._wake = threading.Event()
         self._ended = False
         storage.check_scheme(place)
@@ -160,15 +162,20 @@ class Mirror:
     @contextmanager
     def kept(self, folder: Path) -> Iterator[None]:
         """Copy what is in the folder from time to time while the context lasts, and at its end."""
-        thread = threading.Thread(target=self._keep, args=(folder,), name="mirror", daemon=True)
-        thread.start()
+        # The last copy has a thread of its own: the other one may be busy with large statistics.
+        keeper = threading.Thread(target=self._keep, args=(folder,), name="mirror", daemon=True)
+        last = threading.Thread(target=self._finish, args=(folder,), name="mirror-end", daemon=True)
+        keeper.start()
         try:
             yield
         finally:
             self._ended = True
             self._wake.set()
-            thread.join(FLUSH_SECONDS)
-            if thread.is_alive() and not self._out:
+            end = time.monotonic() + FLUSH_SECONDS
+            last.start()
+            for thread in (last, keeper):
+                thread.join(max(0.0, end - time.monotonic()))
+            if last.is_alive() and not self._out:
                 log.warning("%s: did not take the end of the search within %g s", self._uri, FLUSH_SECONDS)
 
     def copy_soon(self) -> None:
@@ -187,19 +194,24 @@ class Mirror:
             self._fail(error)
 
     def _keep(self, folder: Path) -> None:
-        """The thread."""
-        ended = False
-        while not ended:
-            self._wake.wait(self._seconds)
-            self._wake.clear()
-            ended = self._ended  # what is copied from here on has the end in it
+        while not self._ended:
             try:
+                whole = self._write(folder)
                 self._write_statistics()
-                self._write(folder)
             except (AutoMergeError, OSError) as error:
                 self._fail(error)
             else:
-                self._succeed()
+                self._succeed(whole)
+            self._wake.wait(self._seconds)
+            self._wake.clear()
+
+    def _finish(self, folder: Path) -> None:
+        try:
+            whole = self._write(folder)
+        except (AutoMergeError, OSError) as error:
+            self._fail(error)
+        else:
+            self._succeed(whole)
 
     def _write_statistics(self) -> None:
         if self._statistics is None:
@@ -209,30 +221,33 @@ class Mirror:
             storage.upload(path, uri)
         self._statistics = None
 
-    def _write(self, folder: Path) -> None:
-        """Bring the copy up to the folder, unless that of another process has got further."""
-        if not (folder / TRIALS).exists():
-            return
-        here = _Reached.of(folder)
-        if not here.log or here == self._copied:
-            return
-        content = here.packed()
-        etag = storage.write_object(self._uri, content, replacing=self._etag)
-        if etag is None:
-            there = storage.read_object(self._uri)
-            if there is not None and there.content != content:  # an earlier attempt may have got through, unanswered
-                other = self._unpacked(there.content, here.identity)
-                if other is not None and other.distance >= here.distance:
-                    self._yield()
-                    return
-            self._etag = None if there is None else there.etag
-            if there is None or there.content != content:
-                etag = storage.write_object(self._uri, content, replacing=self._etag)
+    def _write(self, folder: Path) -> bool:
+        """Bring the copy up to the folder, unless that of another process has got further; whether it is there."""
+        with self._writing:
+            if not (folder / TRIALS).exists():
+                return False
+            here = _Reached.of(folder)
+            if not here.log or here == self._copied:
+                return here == self._copied
+            content = here.packed()
+            replacing = self._etag
+            for _ in range(_ATTEMPTS):
+                etag = storage.write_object(self._uri, content, replacing=replacing)
                 if etag is None:
-                    return  # written again in this very moment: next time
-            else:
-                etag = there.etag
-        self._etag, self._copied, self._overtaken = etag, here, False
+                    there = storage.read_object(self._uri)
+                    replacing = None if there is None else there.etag
+                    if there is None:
+                        continue
+                    if there.content != content:
+                        other = self._unpacked(there.content, here.identity)
+                        if other is not None and other.distance >= here.distance:
+                            self._give_way()
+                            return False
+                        continue
+                    etag = there.etag  # an earlier attempt has got through, unanswered
+                self._etag, self._copied, self._overtaken = etag, here, False
+                return True
+            raise StorageError(f"{self._uri}: is replaced again and again", "see who else searches")
 
     def _unpacked(self, content: bytes, identity: str) -> "_Reached | None":
         """A copy; None, with a warning, if it is damaged."""
@@ -242,7 +257,7 @@ class Mirror:
             return None
         return copy
 
-    def _yield(self) -> None:
+    def _give_way(self) -> None:
         if not self._overtaken:
             log.warning(
                 "%s: another process has got further in the same search: its copy stays until this one overtakes it",
@@ -257,11 +272,12 @@ class Mirror:
             log.warning("the search goes on without a copy elsewhere: %s", error)
         self._out = True
 
-    def _succeed(self) -> None:
-        self._metrics.set("automerge_search_mirror_last_success_timestamp_seconds", time.time())
-        if self._out:
+    def _succeed(self, whole: bool) -> None:
+        if whole:
+            self._metrics.set("automerge_search_mirror_last_success_timestamp_seconds", time.time())
+        if whole and self._out:
             log.info("%s: has the search again", self._uri)
-        self._out = False
+            self._out = False
 
 
 @dataclass(frozen=True)
