@@ -438,7 +438,8 @@ def running_kfp(certificate: Path | None = None, **options: Any) -> Iterator[Kfp
             elif body:
                 raise RefusedError(400, f"{operation.name}: takes no body")
             answer = getattr(state, operation.name)([unquote(part) for part in match.groups()], query, given)
-            check(answer, operation.answer, "answer")
+            if answer is not None:  # else the test loses it after the work was done
+                check(answer, operation.answer, "answer")
             return answer  # type: ignore[no-any-return]
 
         def uploaded(self, body: bytes) -> bytes:
