@@ -263,4 +263,5 @@ def compile_pipeline(settings: Settings, path: Path, form: Format = "kfp", *, na
 
 def version_name(compiled: bytes) -> str:
     """The name of the pipeline version with this compiled content: this release and the content's digest."""
-    return f"{version('automerge-models')}-{sha256(compiled).hexdigest()[:12]}"
+    release = version("automerge-models").replace("+", "-")  # of a local version, which Kubernetes takes in no name
+    return f"{release}-{sha256(compiled).hexdigest()[:12]}"
