@@ -76,6 +76,7 @@ schemas: $(STAMP) ## Write docs/schemas from the models
 pipeline: $(STAMP) ## Compile the pipeline and the components, and write the components' READMEs
 	$(BIN)/python -m automerge_components.generate
 	$(BIN)/automerge compile --output src/automerge_pipelines/merge_pipeline.yaml
+	$(BIN)/automerge compile --format argo --output src/automerge_pipelines/argo_workflow_template.yaml
 
 # Where pip looks in the build is taken from the environment, so that no password is on a command line.
 BUILD_ARGS = $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST,$(if $($(name)),--build-arg $(name))) \

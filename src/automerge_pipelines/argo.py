@@ -336,7 +336,8 @@ def _command(commands: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
     """Command and arguments of a container; the shell's text is ours alone, so nothing can be injected into it."""
     if len(commands) == 1:
         return [commands[0][0]], list(commands[0][1:])
-    return ["sh", "-ec"], ["\n".join(shlex.join(each) for each in commands)]
+    # Argo ends the whole process group; the shell must live on until the command has come to its end.
+    return ["sh", "-ec"], ["\n".join(["trap : TERM", *map(shlex.join, commands)])]
 
 
 def _file_parameter(name: str, path: str) -> Parameter:

@@ -31,6 +31,8 @@ from automerge_pipelines.settings import Settings
 from tests.e2e.tiny import TinyPair, tiny_spec
 from tests.pipelines.argo_executor import Finished, RunStep, run_workflow, subprocess_runner
 
+pytestmark = pytest.mark.timeout(900)
+
 Json = dict[str, Any]
 
 NAMES = [row.name for row in FLOW]
@@ -442,8 +444,10 @@ def cluster(s3: S3Server, pair: TinyPair, tmp_path: Path) -> Cluster:
     )
 
 
-SHORT = {"search": {"trials": 3, "initial": 2, "split": None, "refine": None}}
-QUICK = {**SHORT, "evaluation": {"resamples": 100, "baselines": False, "onnx": False}}
+QUICK = {
+    "search": {"trials": 3, "initial": 2, "split": None, "refine": None},
+    "evaluation": {"resamples": 100, "baselines": False, "onnx": False},
+}
 
 
 def stage_folder(finished: Finished, task: str, stage: str) -> Path:
@@ -453,8 +457,7 @@ def stage_folder(finished: Finished, task: str, stage: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("variant", ["default", "workspace", "one pod fetches"])
+@pytest.mark.parametrize("variant", ["default", "workspace"])
 def test_the_steps_lead_to_a_registered_model(variant: str, cluster: Cluster, tmp_path: Path) -> None:
     (document,) = compiled(VARIANTS[variant], tmp_path)
     log: list[list[str]] = []
@@ -475,6 +478,7 @@ def test_the_steps_lead_to_a_registered_model(variant: str, cluster: Cluster, tm
         [
             "sh",
             "-ec",
+            "trap : TERM\n"
             "automerge search /spec/spec.yaml --output /workspace/run --resume\n"
             "automerge merge /spec/spec.yaml --output /workspace/run",
         ]
@@ -489,11 +493,8 @@ def test_the_steps_lead_to_a_registered_model(variant: str, cluster: Cluster, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["default", "one pod fetches"])
-def test_a_model_that_the_gate_refuses_ends_well_and_is_not_registered(
-    variant: str, cluster: Cluster, tmp_path: Path
-) -> None:
-    (document,) = compiled(VARIANTS[variant], tmp_path)
+def test_a_model_that_the_gate_refuses_ends_well_and_is_not_registered(cluster: Cluster, tmp_path: Path) -> None:
+    (document,) = compiled(VARIANTS["default"], tmp_path)
     finished = cluster.run(document, gate={"min_worst_pr": 1000.0}, **QUICK)
     assert finished.status == "Succeeded"
     assert finished.phases["evaluate"] == "Succeeded"
@@ -504,10 +505,7 @@ def test_a_model_that_the_gate_refuses_ends_well_and_is_not_registered(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "stage"),
-    [("segment", "fetch"), ("search-merge", "segment"), ("evaluate", "search"), ("register", "merge")],
-)
+@pytest.mark.parametrize(("task", "stage"), [("segment", "fetch"), ("evaluate", "search")])
 def test_an_artifact_that_is_not_declared_is_missed(task: str, stage: str, cluster: Cluster, tmp_path: Path) -> None:
     (document,) = compiled(VARIANTS["default"], tmp_path)
     broken = copy.deepcopy(document)
@@ -531,26 +529,31 @@ def test_without_the_secret_nothing_is_fetched(cluster: Cluster, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_search_that_was_killed_goes_on_in_the_next_pod(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_search_whose_pod_was_lost_goes_on_in_the_next(
+    ended_by: signal.Signals, cluster: Cluster, tmp_path: Path
+) -> None:
     (document,) = compiled(VARIANTS["one pod fetches"], tmp_path)
+    codes: list[int] = []
     seen: list[str] = []
 
-    def kill_once(argv: list[str], process: "subprocess.Popen[bytes]", mounts: dict[str, Path]) -> None:
-        if seen or "automerge search" not in argv[-1]:
+    def end_once(argv: list[str], process: "subprocess.Popen[bytes]", mounts: dict[str, Path]) -> None:
+        if codes or "automerge search" not in argv[-1]:
             return
         log = mounts["/workspace"] / "run" / "search" / "trials.jsonl"
         while process.poll() is None:
             whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
-            lines = whole.splitlines()
-            if sum(json.loads(line)["event"] == "tell" for line in lines[1:]) >= 2:
-                os.killpg(process.pid, signal.SIGKILL)
-                seen.extend(lines)
+            if sum(json.loads(line)["event"] == "tell" for line in whole.splitlines()[1:]) >= 2:
+                os.killpg(process.pid, ended_by)
+                codes.append(process.wait())
+                seen.extend(log.read_text().rpartition("\n")[0].splitlines())
+                return
             time.sleep(0.01)
 
     search = {"trials": 12, "initial": 4, "split": None, "refine": None}
-    finished = cluster.run(
-        document, subprocess_runner(tmp_path / "steps", watch=kill_once), **{**QUICK, "search": search}
-    )
+    runner = subprocess_runner(tmp_path / "steps", watch=end_once)
+    finished = cluster.run(document, runner, **{**QUICK, "search": search})
+    assert codes == [{signal.SIGKILL: -9, signal.SIGTERM: 130}[ended_by]]
     assert finished.status == "Succeeded"
     assert finished.attempts["search-merge"] == 2
     log = stage_folder(finished, "search-merge", "search") / "trials.jsonl"
