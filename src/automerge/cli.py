@@ -612,6 +612,26 @@ def submit(
     click.echo("passed: the model is registered")
 
 
+@cli.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("/etc/automerge/trigger.yaml"),
+    show_default=True,
+    help="Registries, rules and the runner (YAML).",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for everywhere.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+def serve(config: Path, host: str, port: int) -> None:
+    """Watch registries, and start a run when a rule has enough candidates.
+
+    Secrets come from the environment: AUTOMERGE_WEBHOOK_SECRET, AUTOMERGE_ADMIN_TOKEN, AUTOMERGE_KFP_TOKEN.
+    """
+    from automerge.trigger.serve import serve as serve_until_signal
+
+    serve_until_signal(config, host, port)
+
+
 @contextmanager
 def _extra(feature: str, extra: str) -> Iterator[None]:
     """Importing what an extra brings."""

@@ -73,3 +73,7 @@ class SearchError(AutoMergeError):
 
 class RegistryError(AutoMergeError):
     """The registry refuses or cannot be reached."""
+
+
+class TriggerError(AutoMergeError):
+    """The trigger service cannot start, or cannot do what it is asked for."""
