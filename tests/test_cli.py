@@ -21,7 +21,19 @@ from automerge.spec import json_schema, load_spec
 from tests.e2e.tiny import TinyPair, tiny_spec
 
 AUTOMERGE = Path(sys.executable).with_name("automerge")
-HEAVY = ("torch", "kfp", "smac", "mlflow", "transformers", "numpy", "boto3", "matplotlib", "sklearn", "ConfigSpace")
+HEAVY = (
+    "torch",
+    "kfp",
+    "hera",
+    "smac",
+    "mlflow",
+    "transformers",
+    "numpy",
+    "boto3",
+    "matplotlib",
+    "sklearn",
+    "ConfigSpace",
+)
 
 
 @dataclass

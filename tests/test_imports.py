@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-EXTRAS = ["smac", "ConfigSpace", "transformers", "onnx", "onnxruntime", "boto3", "mlflow", "matplotlib", "kfp"]
+EXTRAS = ["smac", "ConfigSpace", "transformers", "onnx", "onnxruntime", "boto3", "mlflow", "matplotlib", "kfp", "hera"]
 
 BLOCK = f"""
 import sys

@@ -58,7 +58,7 @@ def main() -> None:
         if error.name not in ("torch", "safetensors", "numpy"):
             raise
         click.echo(
-            f"error: {error.name} is not installed here; run this where the whole package is, as in the image `automerge`",
+            f"error: {error.name} is not installed; run this where the whole package is, as in the image `automerge`",
             err=True,
         )
         sys.exit(AutoMergeError.exit_code)
@@ -414,7 +414,7 @@ def compile_command(
     if form == "argo":
         with _extra("compiling for Argo Workflows", "argo"):
             from automerge_pipelines.argo import write_argo
-        planned = load_schedules(schedules) if schedules is not None else []
+        planned = load_schedules(schedules, loaded.service_account) if schedules is not None else []
         write_argo(loaded, path, namespace=namespace, schedules=planned, timezone=timezone)
     else:
         with _extra("compiling the pipeline", "kfp"):
@@ -489,7 +489,9 @@ def deploy(
             click.echo(f"recurring run  {name:40} {'enabled ' if enabled else 'disabled'}  {cron}  ({version})")
         return
     package = compile_package(loaded)
-    wanted = prepare_schedules(package, load_schedules(schedules)) if schedules is not None else None
+    wanted = (
+        prepare_schedules(package, load_schedules(schedules, loaded.service_account)) if schedules is not None else None
+    )
     server = connect(endpoint, namespace)
     deployed, uploaded = upload(server, package)
     click.echo(
@@ -534,7 +536,7 @@ def deploy(
 @click.option(
     "--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="Of the pipeline, e.g. memory=32Gi."
 )
-@click.option("--service-account", help="Of the pods; the server's default if left out.")
+@click.option("--service-account", help="Of the pods; by default that of the settings.")
 @click.option("--run-name", help="By default made of the spec's name, the digest of what is run, and the version.")
 @click.option("--again", is_flag=True, help="Start a run even if one of this name goes on or has succeeded.")
 @click.option("--without-secret", is_flag=True, help="Do not look whether the secret for the storage exists.")
@@ -573,7 +575,8 @@ def submit(
     from automerge_pipelines.settings import load_settings
 
     loaded, given = load_spec(spec), _pairs("--parameter", parameters)
-    argument, name = spec_argument(loaded), pipeline or load_settings(settings).name
+    deployment = load_settings(settings)
+    argument, name = spec_argument(loaded), pipeline or deployment.name
     server = connect(endpoint, namespace)
     version = find_version(server, name, version_name)
     values = run_parameters(version.parameters, argument, given, "--parameter")
@@ -585,7 +588,7 @@ def submit(
         values,
         run_name or submitting.run_name(loaded.name, values, version.name),
         find_experiment(server, experiment),
-        service_account=service_account,
+        service_account=service_account or deployment.service_account,
         again=again,
     )
     if run.started:

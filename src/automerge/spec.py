@@ -418,11 +418,11 @@ class ComputeSpec(WrittenModel):
         ge=1,
         description="CPU threads of torch, of each worker; a search repeats exactly only on the same number.",
     )
-    workers: int = Field(
-        default=1,
+    workers: int | None = Field(
+        default=None,
         ge=1,
-        description="Trials at a time: processes on this machine, one for each GPU where there are some. On a Dask "
-        "cluster 1 means as many as it has workers at the start.",
+        description="Trials at a time: processes on this machine, each pinned to a GPU where there are some. By default "
+        "one for each GPU, one without any, and on a Dask cluster as many as it has workers at the start.",
     )
     scheduler: str | None = Field(
         default=None, pattern=_SCHEDULER, description="dask://host:port of a Dask cluster whose workers run the trials."

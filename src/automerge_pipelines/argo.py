@@ -36,6 +36,8 @@ from automerge_pipelines.flow import (
     FLOW,
     MODEL_ENVIRONMENT,
     REGISTRY_SECRET_KEYS,
+    REPORT_STATUS,
+    RESOLVE,
     S3_SECRET_KEYS,
     FlowTask,
 )
@@ -62,10 +64,6 @@ STARTING_DEADLINE_SECONDS = 300
 
 _FETCH = next(row for row in FLOW if row.name == "fetch")
 _FETCH_INPUT = "fetch-input"
-
-# The tasks around those of the flow.
-_RESOLVE = FlowTask("resolve", (), (), (), reads_s3=True, retries=3)
-_REPORT_STATUS = FlowTask("report-status", (), (), ())
 
 _IMAGE = "image"
 """What a run may decide besides its spec."""
@@ -104,7 +102,8 @@ def workflow_template(settings: Settings) -> WorkflowTemplate:
         name=settings.name,
         labels=_LABELS,
         entrypoint="merge",
-        on_exit=_REPORT_STATUS.name if settings.exit_handler else None,
+        on_exit=REPORT_STATUS.name if settings.exit_handler else None,
+        service_account_name=settings.service_account,
         arguments=[
             Parameter(name="spec", description="The spec as JSON or YAML text."),
             Parameter(name=_IMAGE, value=settings.image, description="Image of all tasks; name it by digest."),
@@ -208,13 +207,13 @@ def _dag(*, on_volume: bool, parallel: bool) -> DAG:
     maker = {stage: row.name for row in FLOW for stage in row.outputs}
     tasks: list[Task | argo.DAGTask] = []
     if parallel:
-        names = f"{{{{tasks.{_RESOLVE.name}.outputs.parameters.inputs}}}}"
+        names = f"{{{{tasks.{RESOLVE.name}.outputs.parameters.inputs}}}}"
         tasks = [
-            Task(name=_RESOLVE.name, template=_RESOLVE.name),
+            Task(name=RESOLVE.name, template=RESOLVE.name),
             Task(
                 name=_FETCH_INPUT,
                 template=_FETCH_INPUT,
-                dependencies=[_RESOLVE.name],
+                dependencies=[RESOLVE.name],
                 with_param=names,
                 arguments=[Parameter(name="input", value="{{item}}")],
             ),
@@ -255,7 +254,7 @@ def _template(settings: Settings, row: FlowTask, *, on_volume: bool) -> Containe
 def _resolve_template(settings: Settings) -> Container:
     """Finds out the names of the inputs, each of which then gets a pod."""
     command = _argv("resolve", "--names", NAMES)
-    return _container(settings, _RESOLVE, [command], outputs=[_file_parameter("inputs", NAMES)])
+    return _container(settings, RESOLVE, [command], outputs=[_file_parameter("inputs", NAMES)])
 
 
 def _fetch_input_template(settings: Settings) -> Container:
@@ -267,7 +266,7 @@ def _fetch_input_template(settings: Settings) -> Container:
 def _report_status_template(settings: Settings) -> Container:
     """The exit handler."""
     command = _argv("report-status", "{{workflow.status}}", "--run={{workflow.name}}")
-    return _container(settings, _REPORT_STATUS, [command])
+    return _container(settings, REPORT_STATUS, [command])
 
 
 def _container(

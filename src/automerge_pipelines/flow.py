@@ -67,6 +67,10 @@ FLOW = (
     ),
 )
 
+# The tasks around those of the flow. None is cached: what they find or leave ends with the run.
+RESOLVE = FlowTask("resolve", (), (), (), reads_s3=True, retries=3, cached=False)
+REPORT_STATUS = FlowTask("report-status", (), (), (), cached=False)
+
 S3_SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 REGISTRY_SECRET_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 CONFIG_KEYS = (
@@ -75,6 +79,7 @@ CONFIG_KEYS = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_S3_ENDPOINT_URL",
     "AUTOMERGE_MIRROR",
+    "AUTOMERGE_MIRROR_SECONDS",
     "AUTOMERGE_PUSHGATEWAY",
     "AUTOMERGE_LOG_FORMAT",
     "AUTOMERGE_LOG_LEVEL",

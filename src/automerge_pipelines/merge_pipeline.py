@@ -31,6 +31,8 @@ from automerge_pipelines.flow import (
     FLOW,
     MODEL_ENVIRONMENT,
     REGISTRY_SECRET_KEYS,
+    REPORT_STATUS,
+    RESOLVE,
     S3_SECRET_KEYS,
     FlowTask,
 )
@@ -113,7 +115,7 @@ def build_pipeline(settings: Settings) -> Any:
         if not settings.exit_handler:
             return _flow(settings, run)
         reported = report_status(spec=spec)
-        _configure(reported, _REPORT_STATUS, settings, run)
+        _configure(reported, REPORT_STATUS, settings, run)
         with dsl.ExitHandler(reported, name="merge"):
             _flow(settings, run)
         return None
@@ -125,9 +127,6 @@ def build_pipeline(settings: Settings) -> Any:
 
 _FLOW = {task.name: task for task in FLOW}
 
-# The tasks around those of the flow. None is cached: what they find or leave ends with the run.
-_REPORT_STATUS = FlowTask("report-status", (), (), (), cached=False)
-_RESOLVE = FlowTask("resolve", (), (), (), reads_s3=True, retries=3, cached=False)
 _FETCH_INPUT = replace(_FLOW["fetch"], cached=False)
 
 
@@ -136,7 +135,7 @@ def _flow(settings: Settings, run: _Run) -> Outputs:
     spec, on_volume = run.spec, settings.workspace is not None
     workspace = dsl.WORKSPACE_PATH_PLACEHOLDER if on_volume else ""
     resolved = resolve(spec=spec)
-    _configure(resolved, _RESOLVE, settings, run)
+    _configure(resolved, RESOLVE, settings, run)
     fetched = fetch(spec=spec, versions=resolved.output, workspace=workspace)
     if on_volume and settings.parallel_fetch:
         with dsl.ParallelFor(resolved.output, name="inputs") as version:

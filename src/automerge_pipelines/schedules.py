@@ -26,7 +26,7 @@ class Schedule(WrittenModel):
         description="Of the pipeline, e.g. image, cpu, memory; the deployment settings by default.",
     )
     enabled: bool = True
-    service_account: str | None = Field(default=None, description="Of the pods; the server's default if left out.")
+    service_account: str | None = Field(default=None, description="Of the pods; the settings' if left out.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -49,8 +49,12 @@ class Schedules(WrittenModel):
         return self
 
 
-def load_schedules(path: Path) -> list[Schedule]:
+def load_schedules(path: Path, service_account: str | None = None) -> list[Schedule]:
     """Read the schedules file; the paths of the specs become absolute.
+
+    Args:
+        path: the file.
+        service_account: of the schedules that name none.
 
     Raises:
         SpecError: the file cannot be read, is no YAML mapping, or breaks the schema; one sentence for each problem.
@@ -63,4 +67,12 @@ def load_schedules(path: Path) -> list[Schedule]:
     value = decode(text, str(path), "file of schedules", "write schedules: [] for none")
     folder = path.resolve().parent
     found = validate(value, Schedules, str(path), _PATTERNS).schedules
-    return [schedule.model_copy(update={"spec": folder / schedule.spec}) for schedule in found]
+    return [
+        schedule.model_copy(
+            update={
+                "spec": folder / schedule.spec,
+                "service_account": schedule.service_account or service_account,
+            }
+        )
+        for schedule in found
+    ]

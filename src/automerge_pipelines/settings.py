@@ -96,6 +96,10 @@ class Settings(SettingsModel):
     s3_secret: ObjectName = Field(default="automerge-s3", description="May be missing: workload identity works too.")
     registry_secret: ObjectName = Field(default="automerge-registry", description="May be missing.")
     config_map: ObjectName = Field(default="automerge", description="Endpoints and log settings; may be missing.")
+    service_account: ObjectName | None = Field(
+        default=None,
+        description="Of the pods, unless a run or a schedule says another; the cluster's default if left out.",
+    )
     labels: dict[str, LabelValue] = Field(
         default_factory=dict, description="Of every pod, e.g. kueue.x-k8s.io/queue-name."
     )

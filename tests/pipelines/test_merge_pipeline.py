@@ -201,7 +201,7 @@ def test_settings_of_each_executor_by_default(
 
     settings = platform(default, task)
     assert settings["securityContext"] == {"runAsNonRoot": True}
-    assert [mount["mountPath"] for mount in settings["emptyDirMounts"]] == ["/tmp"]  # noqa: S108 - of the pod
+    assert [mount["mountPath"] for mount in settings["emptyDirMounts"]] == ["/tmp"]
     (config,) = settings["configMapAsEnv"]
     assert config["optional"] is True
     assert [item["envVar"] for item in config["keyToEnv"]] == list(CONFIG_KEYS)

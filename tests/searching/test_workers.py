@@ -20,7 +20,7 @@ from distributed import Client
 
 from automerge.errors import MissingExtraError, ModelError, SearchError, TaskError
 from automerge.searching.evaluator import Outcome
-from automerge.searching.workers import DaskWorkers, InProcess, LostWorkersError, ProcessWorkers
+from automerge.searching.workers import DaskWorkers, InProcess, LostWorkersError, ProcessWorkers, gpus
 from tests.searching.worker_factories import Evaluator, Factory, Seen, UnportableError, command, noted, scores_factory
 
 ROOT = Path(__file__).parents[2]
@@ -557,3 +557,16 @@ class TestDask:
                 workers.submit(command("echo"), None)
         wait_for(lambda: not any(is_alive(pid) for pid in noted(tmp_path)))
         assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"), [(None, ["0", "1"]), ("", ["0", "1"]), ("3,GPU-5", ["3", "GPU-5"])]
+)
+def test_gpus_are_those_that_this_process_sees(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, found: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus() == found

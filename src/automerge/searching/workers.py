@@ -56,6 +56,15 @@ CONNECT_SECONDS = 10.0
 """How long to wait for a Dask scheduler, and for its first worker."""
 
 
+def gpus() -> list[str]:
+    """The CUDA devices that this process sees, each as a value of ``CUDA_VISIBLE_DEVICES`` for a worker."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+
+
 class LostWorkersError(SearchError):
     """Nothing is left that could run trials; the trials that were under way have not failed, and can be run again."""
 

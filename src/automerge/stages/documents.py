@@ -50,11 +50,19 @@ class FileRecord(Model):
     sha256: str
 
 
+Role = Literal["base", "source", "validation", "test"]
+
+
+def place_of(role: Role, name: str) -> str:
+    """The folder of an input's files, relative to the manifest's."""
+    return f"{'checkpoints' if role in ('base', 'source') else 'data'}/{name}"
+
+
 class Input(Model):
     """One checkpoint or data set that was fetched."""
 
     name: str = Field(description="'base', a source's name, or '<task>/validation' and '<task>/test'.")
-    role: Literal["base", "source", "validation", "test"]
+    role: Role
     uri: str
     path: str = Field(description="File or folder, relative to the manifest's folder.")
     digest: str = Field(description="A checkpoint's digest (its weights only), or the digest of all files of data.")
@@ -63,7 +71,7 @@ class Input(Model):
     @property
     def place(self) -> str:
         """The folder of its files, relative to the manifest's."""
-        return f"{'checkpoints' if self.role in ('base', 'source') else 'data'}/{self.name}"
+        return place_of(self.role, self.name)
 
     @property
     def is_adapter(self) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -27,7 +26,7 @@ from automerge.models.architecture import Architecture, load_architecture
 from automerge.models.state import state_names
 from automerge.plugins import nearest
 from automerge.spec import Spec
-from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest
+from automerge.stages.documents import MANIFEST, FileRecord, Input, Manifest, Role, place_of
 from automerge.stages.inputs import (
     check_plugins,
     model_paths,
@@ -125,13 +124,17 @@ def _listings(spec: Spec) -> dict[str, list[ObjectInfo]]:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One input of the spec, and its place below the folder."""
+    """One input of the spec."""
 
     name: str
-    role: Literal["base", "source", "validation", "test"]
+    role: Role
     uri: str
-    place: str
     sha256: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Its folder, relative to that of all inputs."""
+        return place_of(self.role, self.name)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -141,11 +144,11 @@ class _Wanted:
 def _wanted(spec: Spec) -> list[_Wanted]:
     wanted = []
     if spec.base is not None:
-        wanted.append(_Wanted("base", "base", spec.base.uri, "checkpoints/base", spec.base.sha256))
-    wanted += [_Wanted(each.name, "source", each.uri, f"checkpoints/{each.name}", each.sha256) for each in spec.sources]
+        wanted.append(_Wanted(BASE, "base", spec.base.uri, spec.base.sha256))
+    wanted += [_Wanted(each.name, "source", each.uri, each.sha256) for each in spec.sources]
     for task in spec.tasks:
-        wanted.append(_Wanted(f"{task.name}/validation", "validation", task.validation, f"data/{task.name}/validation"))
-        wanted.append(_Wanted(f"{task.name}/test", "test", task.test, f"data/{task.name}/test"))
+        wanted.append(_Wanted(f"{task.name}/validation", "validation", task.validation))
+        wanted.append(_Wanted(f"{task.name}/test", "test", task.test))
     return wanted
 
 

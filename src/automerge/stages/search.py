@@ -23,7 +23,7 @@ from automerge.searching.refinement import Refined, Split, refine, tensor_gradie
 from automerge.searching.search import Plan, SearchProgress, SearchResult, search_identity
 from automerge.searching.search import search as run_search
 from automerge.searching.store import refuse_begun
-from automerge.searching.workers import DaskWorkers, InProcess, ProcessWorkers, Workers
+from automerge.searching.workers import DaskWorkers, InProcess, ProcessWorkers, Workers, gpus
 from automerge.segmenting.segmentation import Segmentation
 from automerge.spec import RefineSpec, Spec
 from automerge.stages.cache import SearchFiles, StatisticsFile
@@ -157,10 +157,12 @@ def _workers(
 ) -> Workers:
     """Where the trials run: here, in processes of their own, or on a cluster."""
     compute = spec.compute
-    if compute.scheduler is None and compute.workers == 1 and spec.search.trial_seconds is None:
+    devices: list[str] = gpus() if run.loaded.device.type == "cuda" and run.loaded.device.index is None else []
+    count = compute.workers or max(1, len(devices))
+    if compute.scheduler is None and count == 1 and spec.search.trial_seconds is None:
         return InProcess(run.evaluator)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = compute.threads or max(1, torch.get_num_threads() // compute.workers)
+    threads = compute.threads or max(1, torch.get_num_threads() // count)
     statistics = None
     if run.statistics is not None:
         uri = mirror.statistics_uri(_statistics_key(spec, inputs)) if mirror is not None else None
@@ -174,11 +176,10 @@ def _workers(
     if compute.scheduler is not None:
         if mirror is not None:
             mirror.copy_statistics()  # the workers may have no other way to them
-        count = compute.workers if compute.workers > 1 else None
-        return DaskWorkers(compute.scheduler, factory, count, trial_seconds=spec.search.trial_seconds)
-    cuda = run.loaded.device.type == "cuda"
-    devices = [str(index) for index in range(torch.cuda.device_count())] if cuda and compute.workers > 1 else None
-    return ProcessWorkers(factory, compute.workers, trial_seconds=spec.search.trial_seconds, devices=devices)
+        return DaskWorkers(compute.scheduler, factory, compute.workers, trial_seconds=spec.search.trial_seconds)
+    return ProcessWorkers(
+        factory, count, trial_seconds=spec.search.trial_seconds, devices=devices if count > 1 and devices else None
+    )
 
 
 def _plan(spec: Spec, run: TrialRun, objective: Objective, scores: Mapping[str, Scores], folder: Path) -> Plan:

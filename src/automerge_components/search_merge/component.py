@@ -27,7 +27,6 @@ def search_merge(
     """
     from pathlib import Path
 
-    from automerge.errors import SearchError
     from automerge.spec import parse_spec
     from automerge.stages.documents import RECIPE
     from automerge.stages.inputs import inputs_folder
@@ -41,7 +40,7 @@ def search_merge(
         blocks, found = Path(segmentation.path), Path(search.path)
         result = search_stage(parsed, fetched, blocks, found, resume=True, progress=log_progress)
         if result.stopped == "interrupted":
-            raise SearchError("the search was interrupted", "run the task again")
+            raise KeyboardInterrupt
         merged = merge_stage(parsed, fetched, found / RECIPE, Path(model.path))
         search.metadata.update(recipe=merged.recipe, trials=len(result.trials), objective=result.best.objective)
         model.metadata.update(recipe=merged.recipe, weights=merged.weights, parameters=merged.parameter_count)
