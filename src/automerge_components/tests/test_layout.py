@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from kfp import components
 
-from automerge_components.generate import NAMES, ROOT, main, readme
+from automerge_components.generate import NAMES, ROOT, compiled, main, readme
 
 
 def component(name: str) -> Any:
@@ -50,15 +51,36 @@ def test_the_image_is_of_this_release_and_nothing_is_installed_in_the_pod(name: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_spec_is_the_only_parameter(name: str) -> None:
+def test_the_spec_is_the_only_parameter_that_a_user_gives(name: str) -> None:
     inputs = component(name).component_spec.inputs
     assert inputs["spec"].type == "String"
-    assert all("system." in item.type for key, item in inputs.items() if key != "spec")
+    others = {key for key, item in inputs.items() if key != "spec" and "system." not in item.type}
+    assert others <= {"workspace", "version", "versions", "status"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_yaml_is_up_to_date_and_loads(name: str) -> None:
+    path = ROOT / name / "component.yaml"
+    assert path.read_text() == compiled(name), "run: make pipeline"
+    loaded = components.load_component_from_file(str(path)).component_spec
+    made = component(name).component_spec
+    assert (loaded.name, set(loaded.inputs or {}), set(loaded.outputs or {})) == (
+        made.name,
+        set(made.inputs or {}),
+        set(made.outputs or {}),
+    )
+
+
+def test_all_are_importable_from_the_package() -> None:
+    package = importlib.import_module("automerge_components")
+    assert sorted(package.__all__) == sorted(NAMES)
+    for name in NAMES:
+        assert getattr(package, name) is component(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readme_is_up_to_date(name: str) -> None:
-    assert (ROOT / name / "README.md").read_text() == readme(name), "run: python -m automerge_components.generate"
+    assert (ROOT / name / "README.md").read_text() == readme(name), "run: make pipeline"
 
 
 def test_a_stale_readme_is_found_and_what_was_written_by_hand_is_kept(
