@@ -162,7 +162,8 @@ def _kubeflow_reader(registry: WatchedRegistry) -> Read:
                 if version.get("state") == "ARCHIVED" or not selected:
                     continue
                 artifacts = items(f"/model_versions/{_quoted(version['id'])}/artifacts")
-                uri = next((found["uri"] for found in artifacts if found.get("uri")), "")
+                uris = [found.get("uri") for found in artifacts if found.get("artifactType") == "model-artifact"]
+                uri = next((found for found in uris if found), "")
                 tags = {**_properties(model), **own}
                 # Its ids are never used again, unlike a version's name: they tell what `created` tells elsewhere.
                 yield Candidate(registry.title, model["name"], version["name"], uri, int(version["id"]), tags)
