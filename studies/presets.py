@@ -69,7 +69,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "epsilon": 0.0,
         "weights": "simplex",
         "weight_range": [0.0, 1.0],
-        "early_stop": None,
     },
     "fast": {"preset": "fast"},
     "best": {"preset": "best"},

@@ -228,14 +228,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warm_start": False,
     },
     "fast": {
-        "trials": 200,
+        "trials": 30,
         "objective": DEFAULT_OBJECTIVE,
         "epsilon": DEFAULT_EPSILON,
         "weights": "simplex",
         "weight_range": [0.0, 1.0],
         "warm_start": True,
         "fidelity": {},
-        "early_stop": {"patience": 60},
+        "refine": {"steps": 60, "batch_size": 16},
     },
     "best": {
         "trials": 60,
@@ -256,7 +256,8 @@ class SearchSpec(WrittenModel):
 
     preset: Literal["paper", "fast", "best"] = Field(
         default="best",
-        description="paper: the protocol of arXiv 2601.22748 as published; fast: multi-fidelity, no gradients; "
+        description="paper: the protocol of arXiv 2601.22748 as published; fast: few trials of rising fidelity, "
+        "then refined by gradient in a few steps; "
         "best: a wider space, coarse to fine, then refined by gradient.",
     )
     trials: int = Field(

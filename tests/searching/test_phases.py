@@ -21,7 +21,7 @@ from automerge.searching.evaluator import RecipeEvaluator, mean_losses
 from automerge.searching.search import SearchProgress, SearchResult
 from automerge.searching.store import Ask, Cut, Tell, TrialStore, read_log
 from automerge.searching.trial import Trial
-from automerge.spec import Spec
+from automerge.spec import PRESETS, Spec
 from automerge.stages.documents import Front
 from automerge.stages.fetch import fetch
 from automerge.stages.front import choose_point
@@ -849,11 +849,24 @@ def test_a_constraint_on_no_block_is_refused(blocks: Job, tmp_path: Path) -> Non
 def fast(blocks: Job, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     job = Job(
         Spec.model_validate(
-            {**blocks.spec.model_dump(), "search": {"preset": "fast", "trials": 24, "initial": 10, "seed": 3}}
+            {
+                **blocks.spec.model_dump(),
+                "search": {"preset": "fast", "trials": 24, "initial": 10, "seed": 3, "refine": None},
+            }
         ),
         blocks.folder,
     )
     return watch(job, tmp_path_factory.mktemp("fast"))
+
+
+def test_what_the_race_left_is_refined_and_measured_whole(blocks: Job, tmp_path: Path) -> None:
+    search = {"preset": "fast", "trials": 12, "initial": 8, "seed": 3}
+    search["refine"] = {**PRESETS["fast"]["refine"], "steps": 10, "starts": 1}
+    result = Job(Spec.model_validate({**blocks.spec.model_dump(), "search": search}), blocks.folder).search(tmp_path)
+    (refined,) = [trial for trial in result.trials if trial.phase == "refine"]
+    assert (refined.status, refined.fidelity) == ("ok", 1)
+    raced = max(trial.objective or 0.0 for trial in result.trials if trial.is_candidate and trial.phase == "search")
+    assert result.best.objective == max(raced, refined.objective or 0.0)
 
 
 def test_hopeless_trials_are_stopped_early(fast: Watched) -> None:
