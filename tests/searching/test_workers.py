@@ -559,9 +559,7 @@ class TestDask:
         assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("visible", "found"), [(None, ["0", "1"]), ("", ["0", "1"]), ("3,GPU-5", ["3", "GPU-5"])]
-)
+@pytest.mark.parametrize(("visible", "found"), [(None, ["0", "1"]), ("", ["0", "1"]), ("3,GPU-5", ["3", "GPU-5"])])
 def test_gpus_are_those_that_this_process_sees(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, found: list[str]
 ) -> None:
