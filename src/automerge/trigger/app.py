@@ -6,7 +6,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _BODY_SECONDS = 10.0
 _SMALL_BODY = 64 * 1024
+_MOST_THROWN_AWAY, _SECONDS_THROWN_AWAY = 16 * 1024 * 1024, 2.0
 _LARGE_AT_ONCE = 16
 """Bodies that are large, or do not say how large they are, are read so many at a time: memory has a bound."""
 
@@ -367,21 +368,33 @@ async def _body(request: Request, limit: int, large_bodies: asyncio.Semaphore) -
     """
     declared = request.headers.get("content-length", "")
     length = int(declared) if declared.isascii() and declared.isdigit() else None
-    if length is not None and length > limit:
-        raise Refusal("too_large", f"the body is larger than {limit} bytes")
-    if length is not None and length <= _SMALL_BODY:
+    if length is not None and length <= min(_SMALL_BODY, limit):
         return await _read(request, limit)
     async with large_bodies:
-        return await _read(request, limit)
+        return await _read(request, 0 if length is not None and length > limit else limit, limit)
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, named: int = 0) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
+    chunks = request.stream()
+    async for chunk in chunks:
         body += chunk
         if len(body) > limit:
-            raise Refusal("too_large", f"the body is larger than {limit} bytes")
+            body.clear()
+            await _throw_away(chunks)
+            raise Refusal("too_large", f"the body is larger than {named or limit} bytes")
     return bytes(body)
+
+
+async def _throw_away(chunks: AsyncIterator[bytes]) -> None:
+    """Take the rest of a body, within bounds: whoever still sends when the connection is closed sees no answer."""
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_SECONDS_THROWN_AWAY):
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > _MOST_THROWN_AWAY:
+                    return
 
 
 def _probe(works: bool) -> Response:

@@ -63,11 +63,10 @@ def check_template(rule: Rule, folder: Path | None = None) -> None:
     Raises:
         SpecError: as :func:`render`.
     """
-    tags = dict.fromkeys(_tags(rule.spec), "1") | dict.fromkeys(rule.group_by, "1")
-    candidates = [
-        Candidate(rule.registry, f"example-{number}", "1", f"s3://example/{number}", number, tags)
-        for number in range(rule.minimum)
-    ]
+    candidates = []
+    for number in map(str, range(1, rule.minimum + 1)):  # what can be a number and a name
+        tags = dict.fromkeys(_tags(rule.spec), number) | dict.fromkeys(rule.group_by, "1")
+        candidates.append(Candidate(rule.registry, f"example-{number}", "1", f"s3://example/{number}", 1, tags))
     render(rule, tuple((key, "1") for key in rule.group_by), candidates, folder)
 
 
