@@ -77,3 +77,15 @@ class RegistryError(AutoMergeError):
 
 class TriggerError(AutoMergeError):
     """The trigger service cannot start, or cannot do what it is asked for."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device's memory, or the machine's, was too small.
+
+    Without torch: on the CPU it raises a plain RuntimeError anyway.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

@@ -75,3 +75,14 @@ def test_a_token_beyond_the_models_rows_is_refused_before_the_model_runs():
 def test_a_model_that_does_not_take_the_inputs():
     with pytest.raises(TaskError, match=r"task 'blobs': the model fails on the inputs inputs \[4, 4\]: RuntimeError"):
         evaluate_task(ARCHITECTURE, nn.Linear(5, 3), TASK, _data(), 4, "cpu")
+
+
+class _Greedy(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.empty(1 << 50)  # a pebibyte
+
+
+def test_memory_that_is_too_small_is_called_so():
+    sentence = "task 'blobs': out of memory when the model ran on 4 samples; lower the tasks' batch_size"
+    with pytest.raises(TaskError, match=sentence):
+        evaluate_task(ARCHITECTURE, _Greedy(), TASK, _data(), 4, "cpu")

@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
-from automerge.errors import AutoMergeError, MissingExtraError, SearchError
+from automerge.errors import AutoMergeError, MissingExtraError, SearchError, is_out_of_memory
 
 if TYPE_CHECKING:  # a worker process imports this module before its factory imports torch
     from automerge.merging.recipe import RecipeBlock
@@ -430,13 +430,7 @@ def _answer(connection: Connection, reply: object) -> None:
 
 def _failure(error: Exception) -> Exception:
     """What a future raises for an error. A new error has no traceback: that would keep the trial's tensors alive."""
-    out_of_memory = isinstance(error, MemoryError)
-    if isinstance(error, RuntimeError):
-        import torch
-
-        # On the CPU torch raises a plain RuntimeError.
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if out_of_memory:
+    if is_out_of_memory(error):
         return SearchError("out of memory", "lower the tasks' batch_size, or run fewer trials at once")
     return error
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge.errors import AutoMergeError, TaskError
+from automerge.errors import AutoMergeError, TaskError, is_out_of_memory
 from automerge.models.architecture import Architecture, short_reason
 from automerge.tasks.task import Scores, Task, TaskData
 
@@ -64,13 +64,18 @@ def run_on(architecture: Architecture, module: nn.Module, task: Task, batch: Tas
     """The logits of a model on a batch that is on its device.
 
     Raises:
-        TaskError: the model fails on the inputs.
+        TaskError: the model fails on the inputs, or memory is too small for them.
     """
     try:
         return architecture.call(module, batch.inputs)
     except AutoMergeError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise TaskError(
+                f"task {task.spec.name!r}: out of memory when the model ran on {len(batch)} samples",
+                "lower the tasks' batch_size, or run fewer trials at once",
+            ) from None  # the traceback would keep the activations
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
         raise TaskError(
             f"task {task.spec.name!r}: the model fails on the inputs {shapes}: {short_reason(error)}",
