@@ -18,7 +18,7 @@ from automerge.documents import digest_of
 from automerge.errors import SpecError
 from automerge.plugins import nearest
 from automerge.secrets import SECRET_NAME
-from automerge.written import WrittenModel, decode, validate
+from automerge.written import WrittenModel, decode, read_text, validate
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -422,8 +422,8 @@ class ComputeSpec(WrittenModel):
     workers: int | None = Field(
         default=None,
         ge=1,
-        description="Trials at a time: processes on this machine, each pinned to a GPU where there are some. By default "
-        "one for each GPU, one without any, and on a Dask cluster as many as it has workers at the start.",
+        description="Trials at a time: processes on this machine, each pinned to a GPU where there are some. "
+        "By default one for each GPU, one without any, and on a Dask cluster as many as it has workers at the start.",
     )
     scheduler: str | None = Field(
         default=None, pattern=_SCHEDULER, description="dask://host:port of a Dask cluster whose workers run the trials."
@@ -508,13 +508,7 @@ def load_spec(path: Path, environment: Mapping[str, str] | None = None) -> Spec:
     Raises:
         SpecError: the file cannot be read or does not say something valid; one sentence for each problem.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(
-            f"{path}: cannot be read ({reason})", "pass the path of a spec; `automerge init` writes one"
-        ) from None
+    text = read_text(path, "pass the path of a spec; `automerge init` writes one")
     return parse_spec(text, folder=path.resolve().parent, where=str(path), environment=environment)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import types
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -19,6 +20,19 @@ class WrittenModel(BaseModel):
     """A part of a file that a user writes: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """The text of a file that the user named.
+
+    Raises:
+        SpecError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise SpecError(f"{path}: cannot be read ({reason})", remedy) from None
 
 
 def decode(text: str, where: str, what: str, remedy: str) -> dict[str, Any]:

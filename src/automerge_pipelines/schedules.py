@@ -5,8 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from automerge.errors import SpecError
-from automerge.written import WrittenModel, decode, validate
+from automerge.written import WrittenModel, decode, read_text, validate
 from automerge_pipelines.cron import six_fields
 
 _NAME = r"^[a-z0-9]([-a-z0-9]{0,48}[a-z0-9])?$"
@@ -59,11 +58,7 @@ def load_schedules(path: Path, service_account: str | None = None) -> list[Sched
     Raises:
         SpecError: the file cannot be read, is no YAML mapping, or breaks the schema; one sentence for each problem.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(f"{path}: cannot be read ({reason})", "pass the path of the schedules file") from None
+    text = read_text(path, "pass the path of the schedules file")
     value = decode(text, str(path), "file of schedules", "write schedules: [] for none")
     folder = path.resolve().parent
     found = validate(value, Schedules, str(path), _PATTERNS).schedules

@@ -9,8 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from automerge.errors import SpecError
-from automerge.written import WrittenModel, decode, validate
+from automerge.written import WrittenModel, decode, read_text, validate
 from automerge_pipelines.flow import FlowTask, TaskName
 
 _QUANTITY = r"^(0|[1-9]\d*)(\.\d+)?(m|Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$"
@@ -145,10 +144,6 @@ def load_settings(path: Path | None) -> Settings:
     """
     if path is None:
         return Settings()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(f"{path}: cannot be read ({reason})", "pass the path of the deployment settings") from None
+    text = read_text(path, "pass the path of the deployment settings")
     value = decode(text, str(path), "file of settings", "leave the option out for the defaults")
     return validate(value, Settings, str(path), _PATTERNS)

@@ -7,9 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from automerge.errors import SpecError
 from automerge.spec import Json
-from automerge.written import WrittenModel, decode, validate
+from automerge.written import WrittenModel, decode, read_text, validate
 
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _PLAIN = r"^[^'\"`\\]+$"
@@ -150,7 +149,7 @@ def load_config(path: Path) -> TriggerConfig:
         SpecError: a file cannot be read, is no YAML mapping, or breaks the schema; one sentence for each problem.
     """
     folder = path.resolve().parent
-    value = decode(_read(path, "pass the path of trigger.yaml"), str(path), "configuration", "see docs/trigger.md")
+    value = decode(read_text(path, "pass the path of trigger.yaml"), str(path), "configuration", "see docs/trigger.md")
     rules = value.get("rules")
     if isinstance(rules, list):
         value["rules"] = [_with_template(rule, folder) for rule in rules]
@@ -169,13 +168,5 @@ def _with_template(rule: Any, folder: Path) -> Any:
     if not isinstance(rule, Mapping) or not isinstance(rule.get("spec"), str):
         return rule
     path = folder / rule["spec"]
-    text = _read(path, f"correct the spec of rule {rule.get('name')!r}")
+    text = read_text(path, f"correct the spec of rule {rule.get('name')!r}")
     return {**rule, "spec": decode(text, str(path), "spec template", "see docs/trigger.md")}
-
-
-def _read(path: Path, remedy: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SpecError(f"{path}: cannot be read ({reason})", remedy) from None
