@@ -200,7 +200,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel("Runs that go on", (("automerge_trigger_runs_active", "{{rule}}"),)),
             Panel(
                 "Time since a registry was read",
-                (("time() - automerge_trigger_last_reconcile_timestamp_seconds", "{{registry}}"),),
+                (("time() - (automerge_trigger_last_reconcile_timestamp_seconds > 0)", "{{registry}}"),),
                 unit="s",
             ),
             Panel(

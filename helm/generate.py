@@ -1,4 +1,4 @@
-"""Writes the chart's README, ``values.schema.json`` and dashboard: ``python -m helm.generate [--check]``."""
+"""Writes the chart's generated files and ``docs/metrics.md``: ``python -m helm.generate [--check]``."""
 
 import argparse
 import json
@@ -8,10 +8,12 @@ from pathlib import Path
 import yaml
 
 from helm.dashboard import dashboard
+from helm.metrics_reference import metrics_reference
 from helm.readme import readme
 from helm.values_schema import values_schema
 
 CHART = Path(__file__).with_name("automerge")
+METRICS_PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def generated() -> dict[Path, str]:
@@ -22,6 +24,7 @@ def generated() -> dict[Path, str]:
         CHART / "README.md": readme(CHART),
         CHART / "values.schema.json": json.dumps(values_schema(alerts), indent=1) + "\n",
         CHART / "files" / "dashboard.json": json.dumps(dashboard(), indent=1) + "\n",
+        METRICS_PAGE: metrics_reference(METRICS_PAGE),
     }
 
 
