@@ -447,4 +447,9 @@ def test_a_failed_run_is_retried_by_the_admin(pair: TinyPair, empty_database: Pa
         assert service.admin(f"/admin/runs/{name}/retry").status == 409
         wait_for(lambda: service.metric("automerge_trigger_runs_total", rule="tiny", outcome="passed"), 240)
         assert service.admin(f"/admin/runs/{name}/retry").status == 409
+        assert f'<a href="/runs/{name}/report">report</a>' in service.get("/").text
+        report = service.get(f"/runs/{name}/report")
+        assert "Merge report" in report.text
+        assert "sandbox" in report.headers["content-security-policy"]
+        assert service.get("/runs/..%2F..%2Fetc/report").status == 404
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [name, f"{name}-2"]

@@ -41,6 +41,7 @@ _LARGE_AT_ONCE = 16
 """Bodies that are large, or do not say how large they are, are read so many at a time: memory has a bound."""
 
 _CONTENT_POLICY = "default-src 'none'; style-src '{style}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-ancestors 'none'"
 
 
 class Answer(BaseModel):
@@ -71,6 +72,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "The body is too large."},
     415: {"model": Problem, "description": "The content type is not taken."},
 }
+_PROBLEM = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "Not able to work."}}
 _TAKEN: dict[int | str, dict[str, Any]] = {
     200: {"model": Answer, "description": "A repetition, or nothing that needs a look at the registry."},
@@ -144,7 +146,7 @@ def make_app(
     )
     app.add_middleware(_SecurityHeaders)
     large_bodies = asyncio.Semaphore(_LARGE_AT_ONCE)
-    page = StatusPage(config, state, metrics, secrets)
+    page = StatusPage(config, state, runner, metrics, secrets)
     patterns = {
         kind: [p for r in config.registries if r.kind == kind for rule in config.rules_of(r) for p in rule.models]
         for kind in ("mlflow", "kubeflow")
@@ -266,6 +268,20 @@ def make_app(
     def scrape() -> Response:
         """Prometheus metrics."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get(
+        "/runs/{name}/report",
+        response_class=HTMLResponse,
+        responses={404: {"description": "No run of this name has a report here.", "content": _PROBLEM}},
+        tags=["status"],
+    )
+    def report(name: Annotated[str, PathParameter(max_length=200)]) -> Response:
+        """The report of a run on this machine; a cluster's lies with the registered version and in its own pages."""
+        run = state.run(name)
+        found = runner.report(run) if run is not None else None
+        if found is None:
+            raise _Denied(404, "unknown", "no run of this name has a report here")
+        return HTMLResponse(found.read_bytes(), headers={"Content-Security-Policy": _REPORT_POLICY})
 
     @app.post("/admin/reconcile", status_code=202, responses=_ADMIN, tags=["admin"], openapi_extra=_ADMIN_SECURITY)
     def reconcile(request: Request) -> Answer:

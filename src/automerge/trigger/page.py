@@ -11,6 +11,7 @@ from automerge.telemetry.logs import redact
 from automerge.trigger.config import KfpRunner, TriggerConfig
 from automerge.trigger.metrics import DOORS, TriggerMetrics
 from automerge.trigger.registries import model_page
+from automerge.trigger.runners import Runner
 from automerge.trigger.state import State
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class StatusPage:
         MissingExtraError: jinja2 is not installed.
     """
 
-    def __init__(self, config: TriggerConfig, state: State, metrics: TriggerMetrics, secrets: "Secrets") -> None:
+    def __init__(
+        self, config: TriggerConfig, state: State, runner: Runner, metrics: TriggerMetrics, secrets: "Secrets"
+    ) -> None:
         try:
             import jinja2
         except ModuleNotFoundError:
@@ -45,7 +48,8 @@ class StatusPage:
         environment.filters |= {"moment": _moment, "link": _link, "words": _words}
         environment.finalize = _shown
         self._template = environment.get_template("page.html.j2")
-        self._config, self._state, self._metrics, self._secrets = config, state, metrics, secrets
+        self._config, self._state, self._runner = config, state, runner
+        self._metrics, self._secrets = metrics, secrets
         self._css = files("automerge.trigger").joinpath("page.css").read_text()
         self.style = f"sha256-{base64.b64encode(hashlib.sha256(self._css.encode()).digest()).decode()}"
 
@@ -68,6 +72,7 @@ class StatusPage:
             if isinstance(self._config.runner, KfpRunner)
             else self._config.runner.folder,
             page_of=self._page_of,
+            has_report=lambda run: self._runner.report(run) is not None,
             shown=_SHOWN,
         )
 

@@ -68,6 +68,10 @@ class Runner(Protocol):
         """How a started run is doing."""
         ...
 
+    def report(self, run: Run) -> Path | None:
+        """The run's report, if it is a file here."""
+        ...
+
     def close(self) -> None:
         """The service ends; what goes on elsewhere goes on."""
         ...
@@ -140,6 +144,10 @@ class KfpRuns:
                 return Look("started")
             raise
 
+    def report(self, run: Run) -> Path | None:
+        """None: it is an artifact there."""
+        return None
+
     def close(self) -> None:
         """Runs go on without us."""
 
@@ -188,6 +196,11 @@ class LocalRuns:
         if code in ends:
             return Look(ends[code], registered=_registered(folder))
         return Look("failed", _last_words(folder / "log.txt") or f"it ended with exit code {code}")
+
+    def report(self, run: Run) -> Path | None:
+        """What the evaluation wrote."""
+        path = self._folder / run.attempt_name / "run" / "evaluate" / "report.html"
+        return path if path.is_file() else None
 
     def close(self) -> None:
         """Interrupt what we started: a search writes down what it has, and the next service goes on with it."""
