@@ -188,11 +188,26 @@ def test_a_command_that_runs_models_says_what_the_trigger_lacks(images: Images) 
     done = images.engine.run(images.trigger, "validate", "/spec.yaml", options=options, check=False)
     assert done.returncode == 2
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("error: torch is not installed here")
+    assert sentence.startswith("error: torch is not installed; ")
+
+
+BUILD = ("build", "--network", "host", "--file", "docker/Dockerfile", "--build-arg", "PIP_FIND_LINKS")
 
 
 def test_the_cuda_variant_is_not_built_from_a_cpu_build_of_torch(images: Images) -> None:
-    command = [images.engine.program, "build", "--network", "host", "--file", "docker/Dockerfile"]
-    arguments = ["--build-arg", "VARIANT=cuda", "--build-arg", "PIP_FIND_LINKS", "."]
-    said = make([*command, *arguments], images.engine, images.wheels, check=False)
+    command = [images.engine.program, *BUILD, "--build-arg", "VARIANT=cuda", "."]
+    said = make(command, images.engine, images.wheels, check=False)
     assert "VARIANT is cuda, but pip found the cpu build of torch" in said
+
+
+def test_what_the_cuda_variant_adds(images: Images) -> None:
+    """Its last stage, on top of the packages for CPUs: no other can be had here."""
+    make([images.engine.program, *BUILD, "--target", "cuda", "--tag", "cuda-stage", "."], images.engine, images.wheels)
+    (found,) = json.loads(images.engine.docker("image", "inspect", "cuda-stage").stdout)
+    assert found["Config"]["User"] == f"{UID}:{UID}"
+    added = set(found["Config"]["Env"]) - set(inspected(images, "automerge")["Config"]["Env"])
+    assert added == {
+        "NVIDIA_VISIBLE_DEVICES=all",
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+    }
