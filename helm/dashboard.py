@@ -166,7 +166,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "Registered",
-                ((_of("automerge_register_created"), _RUN),),
+                ((_of("automerge_register_new_version"), _RUN),),
                 "stat",
                 meanings=(("1", "new version", "green"), ("0", "was there", "blue")),
             ),

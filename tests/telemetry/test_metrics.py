@@ -91,6 +91,19 @@ def test_names_follow_the_naming_guide(definition) -> None:
     assert bool(definition.buckets) == (definition.kind == "histogram")
 
 
+@pytest.mark.parametrize("definition", METRICS.values(), ids=METRICS.keys())
+def test_every_metric_is_written_once_it_is_set(definition, tmp_path: Path) -> None:
+    """The client library keeps some endings of names for itself."""
+    metrics = StageMetrics("merge", "digits", "cct", None)
+    labels = dict.fromkeys(definition.labels, "x")
+    {"gauge": metrics.set, "counter": metrics.add, "histogram": metrics.observe}[definition.kind](
+        definition.name, 1.0, **labels
+    )
+    metrics.write_textfile(tmp_path / "one.prom")
+    suffix = "_count" if definition.kind == "histogram" else ""
+    assert re.search(rf"^{definition.name}{suffix}{{.*}} 1.0$", (tmp_path / "one.prom").read_text(), re.MULTILINE)
+
+
 def test_without_a_gateway_a_textfile_is_written(tmp_path: Path) -> None:
     run(tmp_path)
     assert [path.name for path in (tmp_path / "metrics").iterdir()] == ["search.prom"]

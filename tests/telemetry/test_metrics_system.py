@@ -1,17 +1,14 @@
 """The metrics against Prometheus' own tools (Debian: prometheus, prometheus-pushgateway)."""
 
 import shutil
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from automerge.telemetry.metrics import METRICS, StageMetrics, observe_stage
+from tests.observability.servers import read, running_gateway
 
 pytestmark = pytest.mark.system
 
@@ -32,31 +29,9 @@ def test_promtool_finds_nothing_to_complain_about(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[str]:
-    program = shutil.which("prometheus-pushgateway")
-    assert program, "the Pushgateway is missing: apt-get install prometheus-pushgateway"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    process = subprocess.Popen(
-        [program, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(100):
-            try:
-                read(f"{address}/-/ready")
-                break
-            except urllib.error.URLError:
-                time.sleep(0.05)
+def gateway() -> Iterator[str]:
+    with running_gateway() as address:
         yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def read(address: str) -> str:
-    with urllib.request.urlopen(f"http://{address}", timeout=5) as answer:
-        return answer.read().decode()
 
 
 def test_a_failure_does_not_erase_the_last_success(

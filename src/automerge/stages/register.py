@@ -82,7 +82,7 @@ def register(
         )
         version = load_registry(spec).register(entry)
         Registration(recipe=recipe.digest(), registered=version).write(folder / REGISTRATION)
-        metrics.set("automerge_register_created", float(version.created))
+        metrics.set("automerge_register_new_version", float(version.created))
     return version
 
 
