@@ -1,20 +1,26 @@
 """What the chart writes is what the product reads: its files are loaded, its command lines are parsed."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-import yaml
 
 from automerge.cli import cli
 from automerge.errors import SpecError
+from automerge.spec import load_spec
 from automerge.trigger.config import TriggerConfig, load_config
+from automerge.trigger.template import check_template
 from automerge_pipelines.flow import CONFIG_KEYS
 from automerge_pipelines.schedules import load_schedules
 from automerge_pipelines.settings import load_settings
 from tests.helm.chart import CHART, CI, Object, objects, one
 from tests.helm.conftest import Helm
+from tests.pipelines.kfp_server import running_kfp
 
 FULL = CHART / "ci" / "full-values.yaml"
 
@@ -54,8 +60,35 @@ def test_the_job_deploys_what_the_values_say(helm: Helm, tmp_path: Path) -> None
     nightly, weekly = load_schedules(folder / "schedules.yaml")
     assert (nightly.name, nightly.service_account, nightly.enabled) == ("nightly", "merger", True)
     assert nightly.parameters == {"memory": "32Gi", "cpu": 8}
-    assert yaml.safe_load(nightly.spec.read_text()) == {"name": "digits", "note": "a: b # c"}
+    assert load_spec(nightly.spec).model.arguments == {"note": "a: b # c"}
     assert weekly.enabled is False
+
+
+def test_the_job_runs(helm: Helm, tmp_path: Path) -> None:
+    """Its command line and its files, against the stand-in of Kubeflow Pipelines; twice, as after an upgrade."""
+    with running_kfp() as server:
+        found = objects(helm, "--values", FULL, "--set", f"kfp.endpoint={server.endpoint}")
+        folder = written(one(found, "ConfigMap", "-deploy"), tmp_path / "config")
+        (container,) = one(found, "Job", "-deploy")["spec"]["template"]["spec"]["containers"]
+        words = [word.replace("/etc/automerge/", f"{folder}/") for word in container["args"]]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTOMERGE_")}
+        said = []
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", "from automerge.cli import main; main()", *words],
+                env=environment | {"HOME": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            said.append(done.stdout)
+        nightly, weekly = server.recurring_runs.values()
+    assert "pipeline merging: version" in said[0]
+    assert "recurring run nightly: created" in said[0]
+    assert "recurring run nightly: unchanged" in said[1]
+    assert (nightly["service_account"], nightly["mode"], weekly["mode"]) == ("merger", "ENABLE", "DISABLE")
+    assert nightly["runtime_config"]["parameters"]["cpu"] == "8"
 
 
 def test_prune_0_keeps_all(helm: Helm) -> None:
@@ -74,11 +107,14 @@ def test_the_product_reads_every_file(helm: Helm, values: Path, tmp_path: Path) 
         if "trigger.yaml" in each["data"]:
             config = loaded_trigger(each, tmp_path / "trigger")
             assert str(config.state) == "/var/lib/automerge/trigger.sqlite"
+            for rule in config.rules:
+                check_template(rule)
             read += 1
         if "settings.yaml" in each["data"]:
             folder = written(each, tmp_path / "deploy")
             load_settings(folder / "settings.yaml")
-            load_schedules(folder / "schedules.yaml")
+            for schedule in load_schedules(folder / "schedules.yaml"):
+                load_spec(schedule.spec)
             read += 1
     assert read or values.stem == "observability-values"
 
@@ -88,7 +124,8 @@ def loaded_trigger(config_map: Object, folder: Path) -> TriggerConfig:
     text = config_map["data"]["trigger.yaml"].replace("/etc/automerge-specs", str(folder / "specs"))
     written({**config_map, "data": {"trigger.yaml": text}}, folder)
     (folder / "specs").mkdir()
-    (folder / "specs" / "by-tag.yaml").write_text("name: tagged")
+    (rule, *_) = json.loads(text)["rules"]
+    (folder / "specs" / "by-tag.yaml").write_text(json.dumps(rule["spec"]))
     return load_config(folder / "trigger.yaml")
 
 
@@ -103,9 +140,11 @@ def test_the_service_gets_what_the_values_say(helm: Helm, tmp_path: Path) -> Non
     assert config.runner.pipeline == "merging", "what the job deploys"
     assert config.runner.parameters == {"memory": "32Gi", "cpu": 8}
     digits, by_tag = config.rules
-    assert digits.spec["note"] == 'quotes " and {{ braces }} stay as they are\nand so do lines'
+    model = digits.spec["model"]
+    assert isinstance(model, dict)
+    assert model["arguments"] == {"note": 'quotes " and {{ braces }} stay\nand so do lines'}
     assert (digits.maximum, digits.cooldown_seconds) == (4, 86400)
-    assert (by_tag.spec, by_tag.dry_run) == ({"name": "tagged"}, True)
+    assert (by_tag.spec, by_tag.dry_run) == (digits.spec, True)
 
 
 def test_the_files_that_are_read_are_checked(helm: Helm, tmp_path: Path) -> None:
