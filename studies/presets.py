@@ -10,6 +10,7 @@ of these ways, from the same validation data; test data give the figures and dec
     fast_paper          preset `fast`, in the space and with the objective of `paper`
     fast                preset `fast`
     best                preset `best`, the default
+    best_soft           preset `best` with the stand-ins of the metrics as its objective
     best_ratio          preset `best` with the objective of the paper, to tell the objective's part from the search's
     tuned_average       the average, fine-tuned on the validation data (`studies.fine_tuning`), with the samples that
                         `best` took, or what one epoch of all attempts needs, if that is more
@@ -72,6 +73,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     },
     "fast": {"preset": "fast"},
     "best": {"preset": "best"},
+    "best_soft": {"preset": "best", "objective": "soft_metric"},
     "best_ratio": {"preset": "best", "objective": "loss_ratio", "epsilon": 0.0},
 }
 TUNED = ("tuned_average", "tuned_best", "tuned_specialist")

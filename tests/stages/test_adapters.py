@@ -88,7 +88,13 @@ def spec_of(folder: Path, kind: str = "", **changes: Any) -> Spec:
                 }
                 for name in ("one", "two")
             ],
-            "search": {"trials": 4, "initial": 2, "techniques": ["task_arithmetic", "ties"]},
+            # Models of random weights are no better than a guess, which leaves the metrics undefined.
+            "search": {
+                "trials": 4,
+                "initial": 2,
+                "techniques": ["task_arithmetic", "ties"],
+                "objective": "soft_metric",
+            },
             "evaluation": {"resamples": 100, "onnx": False, "baselines": False},
             "compute": {"device": "cpu", "threads": 1},
             **changes,
@@ -159,7 +165,7 @@ def test_what_an_adapter_leaves_alone_is_in_memory_once(project: Path, tmp_path:
 
 
 def test_an_adapter_needs_a_base(project: Path, tmp_path: Path) -> None:
-    alone = spec_of(project, base=None, search={"techniques": ["linear"]})
+    alone = spec_of(project, base=None, search={"techniques": ["linear"], "objective": "soft_metric"})
     with pytest.raises(
         CheckpointError, match="source 'one' is a LoRA adapter, and the spec names no base; name the mod"
     ):

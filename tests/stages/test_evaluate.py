@@ -207,7 +207,11 @@ def test_shared_samples_are_warned_of(spec: Spec, finished: Path, tmp_path: Path
 
 def test_a_weak_specialist_is_warned_of(spec: Spec, tmp_path: Path) -> None:
     tasks = [{**task.model_dump(), "specialist": "left"} for task in spec.tasks]
-    evaluation = evaluated(changed(spec, tasks=tasks), tmp_path)
+    search = {
+        **spec.search.model_dump(),
+        "objective": "soft_metric",
+    }  # the metric of a guess leaves the other undefined
+    evaluation = evaluated(changed(spec, tasks=tasks, search=search), tmp_path)
     assert len(evaluation.warnings) == 1
     assert evaluation.warnings[0].startswith("task 'right': its specialist 'left' (top1 0.")
     assert "is not clearly better than source 'right'" in evaluation.warnings[0]

@@ -258,7 +258,7 @@ def test_a_tied_model_stored_with_one_name_or_both(tmp_path: Path) -> None:
                     }
                     for name in ("one", "twice")
                 ],
-                "search": {"trials": 2, "initial": 1, "techniques": ["task_arithmetic"]},
+                "search": {"trials": 2, "initial": 1, "techniques": ["task_arithmetic"], "objective": "soft_metric"},
                 "evaluation": {"resamples": 100, "onnx": False, "baselines": False},
                 "registry": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
                 "compute": {"device": "cpu", "threads": 1},

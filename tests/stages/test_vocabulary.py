@@ -71,7 +71,13 @@ def spec_of(folder: Path, *sources: str, rule: str = "error", base: bool = True,
             }
             for name in sources
         ],
-        "search": {"trials": 4, "initial": 2, "techniques": ["linear", "task_arithmetic"] if base else ["linear"]},
+        # Models of random weights are no better than a guess, which leaves the metrics undefined.
+        "search": {
+            "trials": 4,
+            "initial": 2,
+            "techniques": ["linear", "task_arithmetic"] if base else ["linear"],
+            "objective": "soft_metric",
+        },
         "evaluation": {"resamples": 100, "onnx": False, "baselines": base},
         "merge": {"vocabulary": rule},
         "compute": {"device": "cpu", "threads": 1},
