@@ -125,7 +125,7 @@ def test_help_names_every_command(automerge: Automerge) -> None:
     assert ended.code == 0
     commands = re.findall(r"^  ([a-z-]+)  ", ended.out.partition("Commands:")[2], flags=re.MULTILINE)
     stages = ["resolve", "fetch", "segment", "search", "merge", "evaluate", "register", "run"]
-    cluster = ["compile", "deploy", "submit", "report-status"]
+    cluster = ["compile", "deploy", "submit", "report-status", "serve"]
     assert commands == sorted(["init", "validate", "schema", "apply", *stages, *cluster])
     for command in commands:
         assert automerge(command, "-h").code == 0

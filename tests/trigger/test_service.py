@@ -235,7 +235,7 @@ def test_no_secret_comes_out(service: Service) -> None:
     assert "the-token-of-the-admin" not in shown
 
 
-def test_neither_torch_nor_kfp_is_loaded(service: Service) -> None:
+def test_no_torch_is_loaded(service: Service) -> None:
     loaded = Path(f"/proc/{service.process.pid}/maps").read_text()
     assert "_sqlite3" in loaded
     assert "/torch/" not in loaded
