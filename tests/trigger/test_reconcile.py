@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from automerge.errors import AutoMergeError
+from automerge.spec import parse_spec
 from automerge.trigger.config import TriggerConfig, load_config
 from automerge.trigger.metrics import TriggerMetrics
 from automerge.trigger.reconcile import DecisionLoop
@@ -206,6 +207,22 @@ def test_a_failed_run_is_started_again_by_an_admin_only(bench: Bench, kfp: KfpSe
     assert bench.state.retry(bench.run, bench.run.spec, bench.now)
     bench.step()
     assert [run["display_name"] for run in kfp.runs.values()] == [bench.run.name, f"{bench.run.name}-2"]
+
+
+def test_the_registered_version_is_found_by_its_spec(
+    bench: Bench, config: dict[str, Any], kfp: KfpServer, pair: Path
+) -> None:
+    config["registries"][0]["ui"] = "https://mlflow.example"
+    bench.configure(config)
+    bench.restart()
+    kfp.show("SUCCEEDED", **DONE)
+    bench.step()
+    [made] = kfp.runs.values()
+    spec = parse_spec(made["runtime_config"]["parameters"]["spec"])  # what a task gets, and puts the digest of on it
+    ours = {"automerge.spec.digest": spec.digest(), "automerge.recipe": "r"}
+    add_version(pair, "merged", ours, alias=None)
+    bench.step()
+    assert (bench.run.state, bench.run.registered) == ("passed", "https://mlflow.example/#/models/merged/versions/1")
 
 
 def test_a_refused_model_is_a_verdict(bench: Bench, kfp: KfpServer, pair: Path) -> None:

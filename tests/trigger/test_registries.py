@@ -12,7 +12,7 @@ import pytest
 
 from automerge.errors import RegistryError
 from automerge.trigger.config import Rule, WatchedRegistry
-from automerge.trigger.registries import model_page, reader
+from automerge.trigger.registries import model_page, reader, version_page
 from tests.trigger.registry import add_version, client
 
 
@@ -64,6 +64,15 @@ def test_mlflow_that_does_not_answer_is_one_sentence() -> None:
 def test_the_page_of_a_model() -> None:
     registry = WatchedRegistry(kind="mlflow", uri="http://mlflow:5000", ui="https://mlflow.example/")
     assert model_page(registry, "org/digits low") == "https://mlflow.example/#/models/org%2Fdigits%20low"
+
+
+def test_the_page_of_what_a_merge_registered(database: Path) -> None:
+    for digest in ("aa", "bb", "bb"):
+        number = add_version(database, "merged", {"automerge.spec.digest": digest}, alias=None)
+    registry = mlflow(database).model_copy(update={"ui": "https://mlflow.example"})
+    assert version_page(registry, "bb") == f"https://mlflow.example/#/models/merged/versions/{number}"
+    assert version_page(registry, "cc") == ""
+    assert version_page(mlflow(database), "bb") == ""  # a file has no page
 
 
 def text(value: str) -> dict[str, str]:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from automerge.errors import AutoMergeError
+from automerge.spec import parse_spec
 from automerge.telemetry.logs import redact
 from automerge.trigger.audit import audit
 from automerge.trigger.config import LocalRunner, Rule, TriggerConfig, WatchedRegistry
 from automerge.trigger.metrics import TriggerMetrics
-from automerge.trigger.registries import Read, reader
+from automerge.trigger.registries import Read, reader, version_page
 from automerge.trigger.rules import Decision, decide
 from automerge.trigger.runners import Runner, described
 from automerge.trigger.state import Run, State
@@ -206,10 +207,21 @@ class DecisionLoop:
         if look.state == "started":
             self._state.mark_hindered(run, look.message)
             return False
-        self._state.mark_ended(run, look.state, redact(look.message)[:1000], redact(look.registered), self._clock())
+        registered = look.registered or (self._find_registered(run) if look.state == "passed" else "")
+        self._state.mark_ended(run, look.state, redact(look.message)[:1000], redact(registered), self._clock())
         self._count(run, look.state)
         audit("run", run=run.attempt_name, rule=run.rule, state=look.state, message=look.message)
         return True
+
+    def _find_registered(self, run: Run) -> str:
+        """The page of the version that a run elsewhere registered; a link that is missing hinders nothing."""
+        try:
+            digest = parse_spec(run.spec, where=f"run {run.name}").digest()
+            pages = (version_page(registry, digest) for registry in self._config.registries)
+            return next((page for page in pages if page), "")
+        except AutoMergeError as error:
+            log.warning("the registered version of run %s was not found: %s", run.name, redact(str(error)))
+            return ""
 
     def _count(self, run: Run, outcome: str) -> None:
         self._metrics.runs.labels(run.rule, outcome).inc()

@@ -21,6 +21,7 @@ Raises:
     RegistryError: the registry does not answer or refuses.
 """
 
+_SPEC_TAG = "automerge.spec.digest"
 _PAGE = 100
 _SECONDS = (5.0, 30.0)
 """Limits for connecting and for an answer of Kubeflow Model Registry."""
@@ -52,7 +53,30 @@ def model_page(registry: WatchedRegistry, model: str) -> str:
     return f"{address}/#/models/{_quoted(model)}"
 
 
-def _mlflow_reader(registry: WatchedRegistry) -> Read:
+def version_page(registry: WatchedRegistry, spec_digest: str) -> str:
+    """Where people look at the version that a merge of this spec registered; empty where there is none to be found.
+
+    Args:
+        registry: where it may be.
+        spec_digest: of :meth:`automerge.spec.Spec.digest`.
+
+    Raises:
+        RegistryError: the registry does not answer or refuses.
+    """
+    if registry.kind != "mlflow":
+        return ""
+    client, errors = _mlflow_client(registry)
+    try:
+        found = client.search_model_versions(f"tags.`{_SPEC_TAG}` = '{spec_digest}'", max_results=_PAGE)
+    except errors as error:
+        raise _failure(registry, error) from None
+    newest = max(found, key=lambda version: int(version.creation_timestamp or 0), default=None)
+    page = model_page(registry, newest.name) if newest is not None else ""
+    return f"{page}/versions/{newest.version}" if newest is not None and page else ""
+
+
+def _mlflow_client(registry: WatchedRegistry) -> tuple[Any, tuple[type[BaseException], ...]]:
+    """A client, and the errors that its calls raise."""
     for name, value in _MLFLOW_DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -60,8 +84,11 @@ def _mlflow_reader(registry: WatchedRegistry) -> Read:
         from mlflow.exceptions import MlflowException
     except ModuleNotFoundError:
         raise MissingExtraError("watching MLflow", "trigger") from None
+    return MlflowClient(registry.uri, registry.uri), (MlflowException, OSError)
 
-    client = MlflowClient(registry.uri, registry.uri)
+
+def _mlflow_reader(registry: WatchedRegistry) -> Read:
+    client, errors = _mlflow_client(registry)
 
     def read(rule: Rule) -> list[Candidate]:
         try:
@@ -82,7 +109,7 @@ def _mlflow_reader(registry: WatchedRegistry) -> Read:
                 for version in _selected(client, rule, models)
                 if version.status in (None, "READY")
             ]
-        except (MlflowException, OSError) as error:
+        except errors as error:
             raise _failure(registry, error) from None
 
     return read
