@@ -194,7 +194,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ),
             ),
             Panel(
-                "Runs that ended",
+                "Runs, started and ended",
                 (("sum by (rule, outcome) (automerge_trigger_runs_total)", "{{rule}} {{outcome}}"),),
             ),
             Panel("Runs that go on", (("automerge_trigger_runs_active", "{{rule}}"),)),

@@ -152,3 +152,12 @@ def test_every_object_has_a_namespace_and_labels(helm: Helm, values: Path) -> No
         assert each["metadata"]["labels"]["app.kubernetes.io/instance"] == "release"
         assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "automerge"
     assert ours
+
+
+def test_the_notes_say_what_is_left_to_do(helm: Helm) -> None:
+    done = helm("install", "release", CHART, "--dry-run=client", "--values", CHART / "ci" / "minimal-values.yaml")
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.split("NOTES:")[1]
+    assert "kubectl create secret generic -n default automerge-trigger" in notes
+    assert "http://release-automerge-trigger.default:8080/webhooks/mlflow" in notes
+    assert "There is no Pushgateway" in notes

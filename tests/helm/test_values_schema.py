@@ -44,6 +44,7 @@ REFUSED = {
     "a secret for the tasks": 'tasks.configMap.data={"MLFLOW_TRACKING_PASSWORD": "x"}',
     "a password in an address": 'kfp.endpoint="http://me:word@kubeflow"',
     "an address that is none": 'kfp.endpoint="kubeflow:8888"',
+    "a label of the selectors": 'trigger.podLabels={"app.kubernetes.io/name": "x"}',
     "two gateways": 'pushgateway={"enabled": true, "url": "http://gateway:9091"}',
     "an alert that is none": 'prometheusRule.disabled=["AutoMergeRunFaild"]',
     "an empty peer, which is everybody": "networkPolicy.ingress=[{}]",

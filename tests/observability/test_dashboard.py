@@ -6,31 +6,19 @@ Grafana itself is not run.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from automerge.errors import AutoMergeError
-from automerge.spec import Spec
 from automerge.stages.run import run
 from automerge.stages.status import report_status
-from tests.e2e.tiny import TinyPair, tiny_spec
-from tests.observability.expressions import RULES, queries
-from tests.observability.servers import Prometheus, running_gateway, running_prometheus
-from tests.trigger.registry import make_database
-from tests.trigger.service import running_service
+from tests.e2e.tiny import TinyPair
+from tests.observability.expressions import queries
+from tests.observability.watched import Watched, watching
+from tests.trigger.service import alias_event
 
 pytestmark = pytest.mark.system
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What is watched, and the Prometheus that watches it."""
-
-    prometheus: Prometheus
-    spec: Spec
-    folder: Path
 
 
 def eventually(look: Callable[[], bool], what: str) -> None:
@@ -43,38 +31,11 @@ def eventually(look: Callable[[], bool], what: str) -> None:
 @pytest.fixture(scope="module")
 def watched(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A run that went well."""
-    folder = tmp_path_factory.mktemp("watched")
-    database = make_database(folder / "mlflow.db")
-    spec = tiny_spec(str(pair.folder), f"sqlite:///{database}")
-    config = {
-        "state": "trigger.sqlite",
-        "registries": [{"kind": "mlflow", "uri": f"sqlite:///{database}"}],
-        "reconcile_seconds": 1,
-        "runner": {"kind": "local", "folder": "runs"},
-        "rules": [
-            {
-                "name": "none",
-                "registry": "mlflow",
-                "models": ["none"],
-                "select": {"alias": "candidate"},
-                "spec": spec.model_dump(mode="json", exclude_defaults=True),
-            }
-        ],
-    }
-    with (
-        running_gateway() as gateway,
-        running_service(folder, config) as service,
-        running_prometheus(
-            folder, RULES, gateway=gateway, services={"trigger": service.url.removeprefix("http://")}
-        ) as prometheus,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("AUTOMERGE_PUSHGATEWAY", gateway)
-        patch.setenv("AUTOMERGE_MIRROR", f"file://{folder / 'mirror'}")
-        outcome = run(spec, folder / "run")
+    with watching(pair, tmp_path_factory.mktemp("watched")) as found:
+        outcome = run(found.spec, found.folder / "run")
         assert outcome.registration is not None
-        assert report_status(spec, "SUCCEEDED")
-        yield Watched(prometheus, spec, folder)
+        assert report_status(found.spec, "SUCCEEDED")
+        yield found
 
 
 @pytest.mark.parametrize(("panel", "expression"), queries(), ids=[panel for panel, _ in queries()])
@@ -98,26 +59,23 @@ def test_nothing_is_asked_that_is_not_there(watched: Watched) -> None:
 
 
 def test_alerts_begin_when_a_run_fails_and_end_with_the_next_success(watched: Watched, tmp_path: Path) -> None:
-    """The last test: it changes what is watched."""
+    """After the others: it changes what is watched."""
     assert watched.prometheus.firing() == set()
     missing = watched.spec.model_copy(
         update={
             "sources": [watched.spec.sources[0].model_copy(update={"uri": "/no/such/file"}), watched.spec.sources[1]]
         }
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTOMERGE_PUSHGATEWAY", _gateway(watched))
-        with pytest.raises(AutoMergeError):
-            run(missing, tmp_path / "run")
-        assert not report_status(missing, "FAILED")
-        eventually(lambda: watched.prometheus.firing() == {"AutoMergeRunFailed"}, "the alert does not begin")
-        assert watched.prometheus.values('automerge_stage_last_run_success{stage="fetch"}') == [0]
-        report_status(watched.spec, "SUCCEEDED")
-        eventually(lambda: watched.prometheus.firing() == set(), "the alert does not end")
+    with pytest.raises(AutoMergeError):
+        run(missing, tmp_path / "run")
+    assert not report_status(missing, "FAILED")
+    eventually(lambda: watched.prometheus.firing() == {"AutoMergeRunFailed"}, "the alert does not begin")
+    assert watched.prometheus.values('automerge_stage_last_run_success{stage="fetch"}') == [0]
+    report_status(watched.spec, "SUCCEEDED")
+    eventually(lambda: watched.prometheus.firing() == set(), "the alert does not end")
 
 
-def _gateway(watched: Watched) -> str:
-    (target,) = [
-        target for target in watched.prometheus.ask("targets")["activeTargets"] if target["scrapePool"] == "pushgateway"
-    ]
-    return str(target["discoveredLabels"]["__address__"])
+def test_a_wrong_signature_is_seen(watched: Watched) -> None:
+    answer = watched.service.deliver(alias_event("digits"), secret="another")
+    assert answer.status == 401
+    eventually(lambda: watched.prometheus.firing() == {"AutoMergeSignatureFailures"}, "the alert does not begin")
