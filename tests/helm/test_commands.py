@@ -21,6 +21,8 @@ from automerge_pipelines.settings import load_settings
 from tests.helm.chart import CHART, CI, Object, objects, one
 from tests.helm.conftest import Helm
 from tests.pipelines.kfp_server import running_kfp
+from tests.trigger.registry import make_database
+from tests.trigger.service import running_service
 
 FULL = CHART / "ci" / "full-values.yaml"
 
@@ -163,6 +165,31 @@ def test_the_service_listens_where_the_service_leads(helm: Helm, tmp_path: Path)
     assert (params["host"], params["port"]) == ("0.0.0.0", port["containerPort"])  # noqa: S104 - of the container
     (exposed,) = one(found, "Service", "merging-trigger")["spec"]["ports"]
     assert exposed["targetPort"] == port["name"]
+
+
+def test_probes_test_and_scrapes_ask_what_the_service_answers(helm: Helm, tmp_path: Path) -> None:
+    found = objects(helm, "--values", FULL)
+    config = json.loads(one(found, "ConfigMap", "merging-trigger")["data"]["trigger.yaml"])
+    database = make_database(tmp_path / "mlflow.db")
+    config |= {
+        "state": "trigger.sqlite",
+        "registries": [{"kind": "mlflow", "uri": f"sqlite:///{database}"}],
+        "rules": config["rules"][:1],
+    }
+    (container,) = one(found, "Deployment", "merging-trigger")["spec"]["template"]["spec"]["containers"]
+    probes = {container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")}
+    (endpoint,) = one(found, "ServiceMonitor", "merging-trigger")["spec"]["endpoints"]
+    (test,) = one(found, "Pod", "merging-test")["spec"]["containers"]
+    with running_service(tmp_path, config) as service:
+        for path in probes:
+            assert service.get(path).status == 200, path
+        assert "automerge_trigger_runs_active" in service.get(endpoint["path"]).text
+        program = test["args"][-1].replace("http://merging-trigger:80", service.url)
+        assert service.url in program
+        for expected in (0, 1):
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+            assert done.returncode == expected, done.stderr
+            service.kill()
 
 
 def test_a_change_of_the_configuration_restarts_the_pod_and_no_other_change_does(helm: Helm) -> None:
