@@ -186,6 +186,17 @@ def wait(
         time.sleep(poll if left is None else min(poll, left))
 
 
+def look(server: Server, run: Submitted) -> Verdict | None:
+    """Ask once how a run ended; None while it goes on.
+
+    Raises:
+        RunError: the run failed or was cancelled.
+        KubeflowError: the run cannot start for want of a secret; the server does not answer, refuses, or does not say
+            which tasks ran.
+    """
+    return _verdict(server.ask(server.runs.run_service_get_run, run.id), run)
+
+
 def _states(found: Any) -> Iterator[tuple[str, str, str]]:
     """A key, the name and the state of the run and of each of its tasks."""
     yield "", "run", str(found.state or UNFINISHED[0])

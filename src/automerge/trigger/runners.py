@@ -134,14 +134,12 @@ class KfpRuns:
         try:
             server = connect(self._settings.endpoint, self._settings.namespace)
             submitted = submit.Submitted(run.id, run.attempt_name, run.url, False, "")
-            return Look(submit.wait(server, submitted, lambda name, state: None, timeout=0))
+            return Look(submit.look(server, submitted) or "started")
         except submit.RunError as error:
             return Look("failed", str(error))
         except KubeflowError as error:
             if error.status == 404:
                 return Look("failed", "the server does not know the run any more")
-            if error.transient and not error.status and "is not done" in error.problem:
-                return Look("started")
             raise
 
     def report(self, run: Run) -> Path | None:
