@@ -80,8 +80,11 @@ def running_engine() -> Iterator[DockerEngine]:
     except BaseException:
         shutil.rmtree(folder)
         raise
+    # What has been built is built once, however full the disk is.
+    (folder / "daemon.json").write_text('{"builder": {"gc": {"enabled": false}}}')
     command = [
         daemon,
+        f"--config-file={folder / 'daemon.json'}",
         f"--host=unix://{folder / 'docker.sock'}",
         f"--data-root={folder / 'data'}",
         f"--exec-root={folder / 'exec'}",

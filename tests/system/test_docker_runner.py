@@ -35,6 +35,22 @@ SETTINGS = Settings(defaults=TaskSettings(retries=0))
 # A container that is removed before the runner asks how it ended counts as done: then the next task lacks its outputs.
 FAILURES = (RuntimeError, ValueError)
 
+# Added to the model's code: where a file `slow` is beside it, a trial takes half a second, and the search can be met.
+SLOW = """
+import time
+
+_forward = TinyNet.forward
+
+
+def _held_up(self, images):
+    if Path(__file__).with_name("slow").exists():
+        time.sleep(0.25)
+    return _forward(self, images)
+
+
+TinyNet.forward = _held_up
+"""
+
 
 @pytest.fixture
 def uploaded(s3: S3Server, pair: TinyPair) -> str:
@@ -49,7 +65,7 @@ def root(tmp_path: Path) -> Path:
     """The pipeline root: all that host and containers share, and so the place of the model's code and the registry."""
     folder = tmp_path / "root"
     (folder / "code").mkdir(parents=True)
-    write_atomically(folder / "code/tiny.py", (ROOT / "tests/e2e/tiny.py").read_bytes())
+    write_atomically(folder / "code/tiny.py", (ROOT / "tests/e2e/tiny.py").read_bytes() + SLOW.encode())
     folder.chmod(0o777)
     return folder
 
@@ -141,7 +157,7 @@ def test_a_wrong_key_is_one_sentence(
 @pytest.mark.usefixtures("client_of_the_engine")
 def test_a_killed_search_goes_on_in_another_container(images: Images, s3: S3Server, uploaded: str, root: Path) -> None:
     """The second run has a folder of its own: all that it knows of the first is in S3."""
-    trials = 200
+    trials = 60
     search = {"trials": trials, "initial": 8, "seed": 0, "split": None, "refine": None}
     spec = docker_spec(root, uploaded, search=search)
     environment = {
@@ -149,6 +165,8 @@ def test_a_killed_search_goes_on_in_another_container(images: Images, s3: S3Serv
         "AUTOMERGE_MIRROR": f"s3://{s3.bucket}/mirror",
         "AUTOMERGE_MIRROR_SECONDS": "0.2",
     }
+    slow = root / "code/slow"
+    slow.touch()
     with ThreadPoolExecutor(1) as thread:
         first = thread.submit(run_pipeline, images, spec, root, environment)
         while len(mirrored(s3)) < 10:
@@ -157,6 +175,7 @@ def test_a_killed_search_goes_on_in_another_container(images: Images, s3: S3Serv
         kill_the_search(images)
         with pytest.raises(FAILURES):
             first.result()
+    slow.unlink()
     (killed,) = runs(root)
     assert not (killed / "search-merge/search/recipe.json").exists()
     paid = mirrored(s3)
