@@ -44,6 +44,10 @@ from automerge_pipelines.flow import (
 from automerge_pipelines.schedules import Schedule
 from automerge_pipelines.settings import Settings, TaskSettings, Toleration, Workspace
 
+# Importing Hera changes how PyYAML writes every text of the process, and so the bytes of the Kubeflow pipeline.
+for _class in (yaml.Dumper, yaml.representer.SafeRepresenter):
+    _class.add_representer(str, yaml.representer.SafeRepresenter.represent_str)
+
 COMPILED = Path(__file__).with_name("argo_workflow_template.yaml")
 
 SPEC = "/spec/spec.yaml"
@@ -199,7 +203,19 @@ def write_argo(
 
 def to_yaml(workflow: WorkflowTemplate | CronWorkflow) -> str:
     """One object as YAML."""
-    return str(yaml.safe_dump(workflow.to_dict(), sort_keys=False, allow_unicode=False, width=120))
+    return yaml.dump(workflow.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as they are."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else "'" if text in ("y", "Y", "n", "N") else None  # for kubectl these are truth values
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _dag(*, on_volume: bool, parallel: bool) -> DAG:

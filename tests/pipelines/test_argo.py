@@ -559,3 +559,14 @@ def test_a_search_whose_pod_was_lost_goes_on_in_the_next(
     log = stage_folder(finished, "search-merge", "search") / "trials.jsonl"
     assert log.read_text().splitlines()[: len(seen)] == seen, "what was paid for is kept"
     assert len(read_trials(log)) == 12
+
+
+def test_it_does_not_change_the_bytes_of_the_kubeflow_pipeline(tmp_path: Path) -> None:
+    """Hera's import does, which gave a pipeline version of another name for the same content."""
+    code = (
+        "import sys; from pathlib import Path; import automerge_pipelines.argo; "
+        "from automerge_pipelines.merge_pipeline import COMPILED, compile_pipeline; "
+        "from automerge_pipelines.settings import Settings; "
+        "sys.exit(compile_pipeline(Settings(), Path(sys.argv[1])).read_bytes() != COMPILED.read_bytes())"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "pipeline.yaml"], check=True)
