@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -646,7 +646,15 @@ class Pipeline(nn.Module):
         return data
 
 
+# A residual path around attention leads from a recurrence to a norm, and from a norm to a recurrence.
+ATTENTION: list[tuple[str, str | None]] = [("attention", "sequence"), ("norm", None), ("attention", "sequence")]
+AFTER_RECURRENCE = [("start-map", None), ("flatten", None), ("gru", "recurrent"), *ATTENTION]
+BEFORE_RECURRENCE = [("start-tokens", None), *ATTENTION, ("gru", "recurrent")]
+
+
 @given(pipelines(), st.sampled_from([1, 2]), st.sampled_from(GRANULARITIES))
+@example(AFTER_RECURRENCE, 1, "transition")
+@example(BEFORE_RECURRENCE, 1, "transition")
 @settings(max_examples=60, deadline=None)
 def test_properties_of_random_pipelines(
     steps: list[tuple[str, str | None]], batch: int, granularity: Granularity

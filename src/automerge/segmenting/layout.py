@@ -103,17 +103,24 @@ def _inherit(operations: list[Operation], consumers: list[list[int]], found: lis
         for operation in operations:
             if found[operation.index] is None:
                 kept = [index for index, passage in operation.producers.items() if passage == KEPT]
-                if kept and (layout := found[max(kept)]) is not None:
-                    found[operation.index] = layout
-                    changed = True
+                if not kept or (layout := found[max(kept)]) is None:
+                    continue
+                if layout == "recurrent" and max(kept) != max(operation.producers):
+                    continue  # a residual path around what comes after the recurrence does not make that recurrent
+                found[operation.index] = layout
+                changed = True
         for operation in reversed(operations):
             if found[operation.index] is None:
+                first = consumers[operation.index][:1]
                 for consumer in consumers[operation.index]:
                     layout = found[consumer]
-                    if layout is not None and operations[consumer].producers[operation.index] == KEPT:
-                        found[operation.index] = layout
-                        changed = True
-                        break
+                    if layout is None or operations[consumer].producers[operation.index] != KEPT:
+                        continue
+                    if layout == "recurrent" and [consumer] != first:
+                        continue  # nor what comes before it
+                    found[operation.index] = layout
+                    changed = True
+                    break
 
 
 def _there_and_back(trace: Trace, consumers: list[list[int]], found: list[Layout | None]) -> dict[int, int]:
