@@ -1,11 +1,10 @@
 """The command line: what each command prints, writes and returns."""
 
 import json
-import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,11 @@ Automerge = Callable[..., Ended]
 
 @pytest.fixture
 def automerge(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Automerge]:
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, logs_as_before: None
+) -> Automerge:
     """Runs the console script's function in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
 
     def run(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["automerge", *arguments])
@@ -69,10 +66,7 @@ def automerge(
         seen = capsys.readouterr()
         return Ended(code or 0, seen.out, seen.err)
 
-    yield run
-    root.handlers[:], root.level = handlers, level
-    logging.getLogger("automerge").setLevel(logging.NOTSET)
-    logging.captureWarnings(False)
+    return run
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ from tests.pipelines.kfp_server import KfpServer, running_kfp
 
 
 @pytest.fixture
-def automerge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+def automerge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, logs_as_before: None
+) -> Command:
     """Runs `automerge` with these arguments in a folder of its own, without settings of this machine."""
     for name in [name for name in os.environ if name.startswith(("AUTOMERGE_", "KF_PIPELINES_", "KUBERNETES_"))]:
         monkeypatch.delenv(name)

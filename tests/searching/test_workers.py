@@ -311,11 +311,12 @@ class TestClosing:
 
 
 OWNER = """
-import sys
+import signal, sys
 from pathlib import Path
 from automerge.searching.workers import ProcessWorkers
 from tests.searching.worker_factories import Factory, command
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job, and its children, ignore
 with ProcessWorkers(Factory(Path(sys.argv[1])), 2) as workers:
     futures = [workers.submit(command("say trial 600"), None) for _ in range(4)]
     try:
