@@ -79,8 +79,12 @@ class TestAsCompiledForACluster:
     SETTINGS = Settings.model_validate({"workspace": {"size": "1Gi"}, "defaults": {"retries": 0}})
 
     @pytest.fixture
-    def run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Spec], str]]:
+    def run(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[Callable[[Spec], str]]:
         """Runs the compiled pipeline and returns what the engine and the tasks printed."""
+        # The engine replaces it for the time of a task, and leaves it replaced where tasks run side by side.
+        monkeypatch.setattr("builtins.print", print)
         pipeline = components.load_component_from_file(str(compile_pipeline(self.SETTINGS, tmp_path / "pipeline.yaml")))
         before = LocalExecutionConfig.instance
 
