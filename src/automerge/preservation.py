@@ -51,6 +51,9 @@ class TaskInfo(Model):
     guard: bool
     validation_samples: int
     test_samples: int
+    test_data: str | None = Field(
+        default=None, description="Digest of the test samples in their order; null in documents of earlier releases."
+    )
     metrics: list[MetricInfo]
 
 

@@ -388,14 +388,37 @@ class EvaluationSpec(WrittenModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
+class PromotionSpec(WrittenModel):
+    """When the registered version takes an alias from the present one.
+
+    It must have passed the gate. It is compared with the version that carries the alias, by each of that one's tasks
+    on the same test data, as a preservation rate is formed: 100 is as good, more is better.
+    """
+
+    alias: Name = Field(default="champion", description="What the best version is called.")
+    min_gain: float = Field(
+        default=0.0, ge=0, description="Points above 100 that the mean over the tasks must exceed to take the alias."
+    )
+    max_loss: float = Field(default=1.0, ge=0, description="Most points below 100 of any one task.")
+
+
 class RegistrySpec(WrittenModel):
     """Where the merged model is registered."""
 
-    kind: str = Field(default="mlflow", description="Registry kind: 'mlflow', or a plug-in's name.")
+    kind: str = Field(default="mlflow", description="Registry kind: 'mlflow', 'kubeflow', or a plug-in's name.")
     model: Name | None = Field(default=None, description="Registered model's name; by default the spec's name.")
     uri: Uri | None = Field(
         default=None,
-        description="mlflow: tracking server; by default MLFLOW_TRACKING_URI, else SQLite in the working folder.",
+        description="mlflow: tracking server; by default MLFLOW_TRACKING_URI, else SQLite in the working folder. "
+        "kubeflow: the Model Registry's server.",
+    )
+    artifacts: Uri | None = Field(
+        default=None,
+        description="kubeflow: folder (s3://, file:// or a path) below which the merged weights and documents are put; "
+        "MLflow has its own place.",
+    )
+    promote: PromotionSpec | None = Field(
+        default=None, description="Give the registered version an alias if it beats the one that has it."
     )
 
 

@@ -29,6 +29,7 @@ from hera.workflows import models as argo
 
 from automerge.documents import write_atomically
 from automerge.errors import SpecError
+from automerge.registry.registry import RUN_VARIABLE
 from automerge.spec import load_spec
 from automerge_pipelines.arguments import spec_argument
 from automerge_pipelines.flow import (
@@ -370,6 +371,8 @@ def _environment(settings: Settings, row: FlowTask, own: TaskSettings) -> list[E
     secrets += [(settings.registry_secret, key) for key in REGISTRY_SECRET_KEYS if row.uses_registry]
     for secret, key in secrets:
         variables[key] = SecretEnv(name=key, secret_name=secret, secret_key=key, optional=True)
+    if row.uses_registry:
+        variables[RUN_VARIABLE] = Env(name=RUN_VARIABLE, value="{{workflow.uid}}")
     given = {**(MODEL_ENVIRONMENT if row.runs_models else {}), **(own.env or {})}
     variables |= {key: Env(name=key, value=value) for key, value in sorted(given.items())}
     return list(variables.values())

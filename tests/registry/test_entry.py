@@ -76,6 +76,8 @@ def test_tags_tell_lineage_and_verdict(entry: RegistryEntry) -> None:
         "base.digest": "b" * 64,
         "source.low.digest": "1" * 64,
         "source.high.digest": "2" * 64,
+        "source.low.uri": "low",
+        "source.high.uri": "high",
         "pr.low": "95.00",
         "pr.high": "undefined",
         "pr.mean": "95.00",

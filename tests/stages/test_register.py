@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from automerge.errors import RegistryError, SpecError
 from automerge.merging.recipe import Recipe
 from automerge.preservation import Evaluation, GateVerdict
-from automerge.spec import GateSpec, Spec
+from automerge.spec import GateSpec, PromotionSpec, Spec
 from automerge.stages.documents import Registration
 from automerge.stages.register import register
 
@@ -54,3 +54,55 @@ def test_weights_or_figures_of_another_recipe_are_refused(
     with pytest.raises(SpecError, match=f"{what} are of recipe 000000000000"):
         register(spec, *[finished / stage for stage in STAGES[:-1]], tmp_path / "register")
     assert not (tmp_path / "register" / "registration.json").exists()
+
+
+def test_a_version_that_is_to_be_promoted_gets_its_alias(spec: Spec, finished: Path) -> None:
+    registry = spec.registry.model_copy(update={"promote": PromotionSpec(alias="best")})
+    promoting = spec.model_copy(update={"registry": registry})
+    for reason in ("no version had the alias", "version 1 has the alias already"):
+        register(promoting, *[finished / stage for stage in STAGES])
+        promotion = Registration.read(finished / "register" / "registration.json").promotion
+        assert promotion is not None
+        assert (promotion.alias, promotion.verdict, promotion.reason) == ("best", "promoted", reason)
+    client = MlflowClient(str(spec.registry.uri), str(spec.registry.uri))
+    assert client.get_model_version_by_alias("tiny", "best").version == 1
+
+
+def test_a_worse_version_leaves_the_alias_where_it_is(spec: Spec, finished: Path) -> None:
+    """The champion's own evaluation, as it lies in the registry, is what counts."""
+    registry = spec.registry.model_copy(update={"promote": PromotionSpec()})
+    folders = [finished / stage for stage in STAGES]
+    path = finished / "evaluate" / "evaluation.json"
+    evaluation = Evaluation.read(path)
+    perfect = dict.fromkeys(evaluation.merged.tasks, 1.0)
+    _with_accuracies(evaluation, perfect).write(path)
+    first = register(spec.model_copy(update={"registry": registry}), *folders)
+    client = MlflowClient(str(spec.registry.uri), str(spec.registry.uri))
+    # As another recipe's version: this one's own would not be registered again.
+    client.set_model_version_tag("tiny", first.version, "automerge.recipe", "0" * 64)
+    client.set_tag(client.get_model_version("tiny", first.version).run_id, "automerge.recipe", "0" * 64)
+    _with_accuracies(evaluation, dict.fromkeys(perfect, 0.9)).write(path)
+    second = register(spec.model_copy(update={"registry": registry}), *folders)
+    promotion = Registration.read(finished / "register" / "registration.json").promotion
+    assert promotion is not None
+    assert (second.version, promotion.verdict, promotion.previous) == ("2", "kept", "1")
+    assert promotion.rates == pytest.approx(dict.fromkeys(perfect, 90.0))
+    assert client.get_model_version_by_alias("tiny", "champion").version == 1
+
+
+def _with_accuracies(evaluation: Evaluation, values: dict[str, float]) -> Evaluation:
+    """The evaluation with these values of every metric of the merged model."""
+    merged = evaluation.merged
+    tasks = {
+        name: result.model_copy(
+            update={
+                "metrics": {
+                    metric: interval.model_copy(update={"value": values[name]})
+                    for metric, interval in result.metrics.items()
+                }
+            }
+        )
+        for name, result in merged.tasks.items()
+    }
+    models = [merged.model_copy(update={"tasks": tasks}), *evaluation.models[1:]]
+    return evaluation.model_copy(update={"models": models})

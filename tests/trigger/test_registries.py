@@ -1,18 +1,16 @@
 """Reading candidates: from MLflow on SQLite, and from a server that answers as Kubeflow Model Registry's API says."""
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from mr_openapi import models
 
 from automerge.errors import RegistryError
 from automerge.trigger.config import Rule, WatchedRegistry
 from automerge.trigger.registries import model_page, reader, version_page
+from tests.registry.kubeflow_server import ModelRegistryServer, running_model_registry
 from tests.trigger.registry import add_version, client
 
 
@@ -79,78 +77,52 @@ def text(value: str) -> dict[str, str]:
     return {"metadataType": "MetadataStringValue", "string_value": value}
 
 
-MODELS = [
-    {"id": "1", "name": "digits-low", "state": "LIVE", "customProperties": {"team": text("vision")}},
-    {"id": "2", "name": "digits-old", "state": "ARCHIVED"},
-    {"id": "3", "name": "digits-high", "state": "LIVE"},
-    {"id": "4", "name": "other", "state": "LIVE"},
-]
 READY = {"stage": text("ready"), "steps": {"metadataType": "MetadataIntValue", "int_value": "12"}}
-VERSIONS = {
-    "1": [
-        {"id": "11", "name": "v1", "state": "LIVE", "customProperties": READY},
-        {"id": "12", "name": "v2", "state": "LIVE"},
-        {"id": "13", "name": "v3", "state": "ARCHIVED", "customProperties": READY},
-    ],
-    "3": [{"id": "31", "name": "v1", "state": "LIVE", "customProperties": READY}],
-}
-ARTIFACTS = {"11": [{"id": "111", "artifactType": "model-artifact", "uri": "s3://models/low"}]}
 
 
-class _Kubeflow(BaseHTTPRequestHandler):
-    """Lists in pages of one, whatever page size is asked for."""
-
-    def do_GET(self) -> None:
-        address = urlsplit(self.path)
-        query = parse_qs(address.query, strict_parsing=True)
-        parts = address.path.removeprefix("/api/model_registry/v1alpha3/").split("/")
-        match parts:
-            case ["registered_models"]:
-                items: list[Any] = MODELS
-            case ["registered_models", model, "versions"]:
-                items = VERSIONS[model]
-            case ["model_versions", version, "artifacts"]:
-                items = ARTIFACTS.get(version, [])
-            case _:
-                self.send_error(404)
-                return
-        assert set(query) <= {"pageSize", "nextPageToken"}
-        at = int(query.get("nextPageToken", ["0"])[0])
-        following = str(at + 1) if at + 1 < len(items) else ""
-        body = json.dumps({"items": items[at : at + 1], "nextPageToken": following, "pageSize": 1, "size": 1}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
+@pytest.fixture
+def kubeflow() -> Iterator[ModelRegistryServer]:
+    """Lists in pages of one."""
+    with running_model_registry() as server:
+        server.page = 1
+        for number, (name, state, properties) in enumerate(
+            [
+                ("digits-low", "LIVE", {"team": text("vision")}),
+                ("digits-old", "ARCHIVED", {}),
+                ("digits-high", "LIVE", {}),
+                ("other", "LIVE", {}),
+            ],
+            start=1,
+        ):
+            values = {"id": str(number), "name": name, "state": state, "customProperties": properties}
+            server.models[str(number)] = models.RegisteredModel.from_dict(values)
+        for key, model, name, state, properties in [
+            ("11", "1", "v1", "LIVE", READY),
+            ("12", "1", "v2", "LIVE", {}),
+            ("13", "1", "v3", "ARCHIVED", READY),
+            ("31", "3", "v1", "LIVE", READY),
+        ]:
+            values = {"id": key, "registeredModelId": model, "name": name, "state": state}
+            server.versions[key] = models.ModelVersion.from_dict({**values, "customProperties": properties})
+        server.artifacts["1"] = ("11", models.DocArtifact(name="card", uri="s3://models/card"))
+        server.artifacts["2"] = ("11", models.ModelArtifact(name="weights", uri="s3://models/low"))
+        yield server
 
 
-@pytest.fixture(scope="module")
-def kubeflow() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Kubeflow)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_kubeflow_by_properties(kubeflow: str) -> None:
-    read = reader(WatchedRegistry(kind="kubeflow", uri=kubeflow))
+def test_kubeflow_by_properties(kubeflow: ModelRegistryServer) -> None:
+    read = reader(WatchedRegistry(kind="kubeflow", uri=kubeflow.url))
     low, high = read(rule(select={"tag": {"stage": "ready"}}))
     assert (low.model, low.version, low.uri, low.created) == ("digits-low", "v1", "s3://models/low", 11)
     assert low.tags == {"team": "vision", "stage": "ready", "steps": "12"}
     assert (high.model, high.uri) == ("digits-high", "")
 
 
-def test_kubeflow_elsewhere_is_one_sentence(kubeflow: str) -> None:
-    read = reader(WatchedRegistry(kind="kubeflow", uri=f"{kubeflow}/wrong"))
-    with pytest.raises(RegistryError, match="the registry answers 404; check address and rights"):
-        read(rule(select={"tag": {"stage": "ready"}}))
-    silent = reader(WatchedRegistry(kind="kubeflow", uri="http://127.0.0.1:9"))
-    with pytest.raises(RegistryError, match="the registry does not answer"):
-        silent(rule(select={"tag": {"stage": "ready"}}))
+def test_kubeflow_elsewhere_is_one_sentence(kubeflow: ModelRegistryServer) -> None:
+    for uri, reason in [
+        (f"{kubeflow.url}/wrong", r"no such operation: .* \(404\); check the uri"),
+        ("http://127.0.0.1:9", "the server does not answer .*; start it, or correct its uri"),
+    ]:
+        with pytest.raises(
+            RegistryError, match=f"^Kubeflow Model Registry at {uri}: cannot read the candidates: {reason}"
+        ):
+            reader(WatchedRegistry(kind="kubeflow", uri=uri))(rule(select={"tag": {"stage": "ready"}}))

@@ -20,11 +20,13 @@ def build_entry(
     files: Sequence[str] = (),
     onnx: Sequence[Path] = (),
     documents: Sequence[Path] = (),
+    run: str | None = None,
 ) -> RegistryEntry:
     """The entry for a merged model; everything in it is taken from the run's documents.
 
-    Tags: ``spec``, ``spec.digest``, ``source.<name>.digest``, ``base.digest``, ``pr.<task>``, ``pr.mean``,
-    ``pr.worst``, ``pd`` (percent and points), ``gate``, ``onnx``, ``version`` (of this software).
+    Tags: ``spec``, ``spec.digest``, ``source.<name>.digest`` and ``.uri``, ``base.digest`` and ``.uri``, ``pr.<task>``,
+    ``pr.mean``, ``pr.worst``, ``pd`` (percent and points), ``gate``, ``onnx``, ``run`` (the pipeline's, if it has a
+    name), ``version`` (of this software).
     """
     merged = evaluation.merged
     rates = {name: result.pr for name, result in merged.tasks.items()}
@@ -32,13 +34,16 @@ def build_entry(
         "spec": spec.name,
         "spec.digest": spec.digest(),
         **({"base.digest": recipe.base.digest} if recipe.base else {}),
+        **({"base.uri": spec.base.uri} if spec.base else {}),
         **{f"source.{source.name}.digest": source.digest for source in recipe.sources},
+        **{f"source.{source.name}.uri": source.uri for source in spec.sources},
         **{f"pr.{name}": _number(rate.value if rate else None) for name, rate in rates.items()},
         "pr.mean": _number(merged.mean_pr),
         "pr.worst": _number(merged.worst_pr),
         "pd": _number(merged.pd),
         "gate": evaluation.gate.verdict,
         "onnx": evaluation.onnx.status,
+        **({"run": run} if run else {}),
         "version": _release(),
     }
     return RegistryEntry(

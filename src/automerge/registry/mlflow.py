@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from automerge.errors import MissingExtraError, RegistryError
-from automerge.registry.registry import RegisteredVersion, RegistryEntry
+from automerge.registry.registry import RegisteredVersion, RegistryEntry, check_files, weight_files
 from automerge.spec import RegistrySpec
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 PREFIX = "automerge."
 _RECIPE_TAG = f"{PREFIX}recipe"
 _ARTIFACTS = "model"
+_DOCUMENTS = "documents"
 
 # MLflow would try for four minutes before it says that a server is not there. These are only defaults: what the user
 # sets stays.
@@ -53,6 +54,9 @@ _DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+# Of the storage that KServe's initializer loads a model from, those that MLflow can keep artifacts in.
+_SERVED_SCHEMES = ("s3://", "gs://", "hdfs://", "webhdfs://")
 
 # Limits of MLflow's stores (mlflow.utils.validation).
 _LONGEST_KEY = 250
@@ -93,7 +97,7 @@ class MlflowRegistry:
             first = self._versions(entry.model, entry.recipe_digest)
             if first:
                 return self._registered(first[0], created=False)
-            _check_files(entry)
+            check_files(entry)
             self._ensure_model(entry.model)
             run_id = self._complete_run(entry)
             made = self._client.create_model_version(
@@ -131,6 +135,38 @@ class MlflowRegistry:
                 folder.rmdir()
             Path(found).rename(folder)
         return folder
+
+    def read_document(self, model: str, version: str, name: str) -> bytes | None:
+        """One document of a version, whole; None if it has none of this name."""
+        with (
+            self._errors(f"read {name} of version {version} of {model!r}"),
+            tempfile.TemporaryDirectory() as temporary,
+        ):
+            with self._lock():
+                uri = self._client.get_model_version_download_uri(model, version).rstrip("/")
+            artifacts = _import_mlflow("artifacts")
+            where: dict[str, Any] = {"tracking_uri": self.uri}
+            there = artifacts.list_artifacts(artifact_uri=f"{uri}/{_DOCUMENTS}", **where)
+            if all(Path(item.path).name != name for item in there):
+                return None
+            found = artifacts.download_artifacts(
+                artifact_uri=f"{uri}/{_DOCUMENTS}/{name}", dst_path=temporary, registry_uri=self.uri, **where
+            )
+            return Path(found).read_bytes()
+
+    def with_alias(self, model: str, alias: str) -> RegisteredVersion | None:
+        """The version that carries an alias, or None."""
+        with self._errors(f"look for the alias {alias!r} of {model!r}"), self._lock():
+            found = list(self._client.search_registered_models(f"name = {_quoted(model)}"))
+            number = found[0].aliases.get(alias) if found else None
+            if number is None:
+                return None
+            return self._registered(self._client.get_model_version(model, str(number)), created=False)
+
+    def set_alias(self, model: str, alias: str, version: str) -> None:
+        """Give an alias to a version, and take it from the one that carried it."""
+        with self._errors(f"set the alias {alias!r} of {model!r}"), self._lock():
+            self._client.set_registered_model_alias(model, alias, version)
 
     @property
     def _client(self) -> "MlflowClient":
@@ -206,7 +242,7 @@ class MlflowRegistry:
             run_id = str(self._client.create_run(experiment, tags=tags, run_name=name).info.run_id)
         self._log_numbers(run_id, entry, tags if left else {})
         self._upload_weights(run_id, entry, is_new=not left)
-        for folder, files in (("onnx", entry.onnx), ("documents", entry.documents)):
+        for folder, files in (("onnx", entry.onnx), (_DOCUMENTS, entry.documents)):
             for file in files:
                 self._client.log_artifact(run_id, str(file), f"{_ARTIFACTS}/{folder}")
         self._client.set_terminated(run_id, "FINISHED")
@@ -227,8 +263,7 @@ class MlflowRegistry:
 
     def _upload_weights(self, run_id: str, entry: RegistryEntry, *, is_new: bool) -> None:
         """Upload what is not there yet: equal recipes make equal weights, so name and size tell."""
-        files = [entry.weights / name for name in entry.files]
-        files = files or [path for path in entry.weights.rglob("*") if path.is_file()]
+        files = weight_files(entry)
         for folder in sorted({path.parent for path in files}):
             target = "/".join((_ARTIFACTS, "weights", *folder.relative_to(entry.weights).parts))
             there = (
@@ -248,6 +283,7 @@ class MlflowRegistry:
             version=str(version.version),
             uri=f"models:/{version.name}/{version.version}",
             url=page if is_server else address,
+            storage_uri=_storage_uri(str(version.source or "")),
             created=created,
         )
 
@@ -275,6 +311,11 @@ def _address(spec: RegistrySpec) -> str:
         f"registry.uri: {_without_credentials(uri)!r} is no address that MLflow can register models at",
         "use http(s)://host, sqlite:///file, or leave it out",
     )
+
+
+def _storage_uri(source: str) -> str | None:
+    """Where the weights are for a model server, which knows nothing of MLflow: not behind its proxy or on its disk."""
+    return f"{source.rstrip('/')}/weights" if source.startswith(_SERVED_SCHEMES) else None
 
 
 def _artifact_location(uri: str) -> str | None:
@@ -348,12 +389,6 @@ def _remedy(error: BaseException) -> str:
     if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
         return "check the model's name and version"
     return "mend it and run `automerge register` again: it goes on where it stopped"
-
-
-def _check_files(entry: RegistryEntry) -> None:
-    for path in (entry.weights, *(entry.weights / name for name in entry.files), *entry.onnx, *entry.documents):
-        if not path.exists():
-            raise RegistryError(f"{path}: no such file to register", "run the stage that writes it")
 
 
 def _tags(entry: RegistryEntry, longest: int) -> dict[str, str]:

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 from pydantic import Field
 
 from automerge.documents import Model
+from automerge.errors import RegistryError
 from automerge.plugins import load_plugin
 
 if TYPE_CHECKING:
     from automerge.spec import Spec
+
+
+RUN_VARIABLE = "AUTOMERGE_RUN"
+"""Names the run of the pipeline or the trigger in which a model is registered, for its lineage."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,23 @@ class RegistryEntry:
     files: Sequence[str] = ()
 
 
+def weight_files(entry: RegistryEntry) -> list[Path]:
+    """The files of the merged weights, sorted."""
+    files = [entry.weights / name for name in entry.files]
+    return sorted(files or (path for path in entry.weights.rglob("*") if path.is_file()))
+
+
+def check_files(entry: RegistryEntry) -> None:
+    """Refuse an entry before anything of it is registered.
+
+    Raises:
+        RegistryError: one of its files is missing.
+    """
+    for path in (entry.weights, *weight_files(entry), *entry.onnx, *entry.documents):
+        if not path.exists():
+            raise RegistryError(f"{path}: no such file to register", "run the stage that writes it")
+
+
 class RegisteredVersion(Model):
     """A version as the registry knows it."""
 
@@ -56,6 +78,11 @@ class RegisteredVersion(Model):
     version: str
     uri: str = Field(description="Names the version to the registry's own tools, e.g. 'models:/digits/3'.")
     url: str = Field(description="Where to look at it: a page of the server, or the database where there is no server.")
+    storage_uri: str | None = Field(
+        default=None,
+        description="Folder of the merged weights, as a model server takes it (KServe's storageUri); null where only "
+        "the registry's own client reaches them.",
+    )
     created: bool = Field(description="False: the recipe had been registered before, and this is its first version.")
 
 
@@ -81,6 +108,18 @@ class Registry(Protocol):
 
         ``folder`` gets all of it or, on an error, nothing.
         """
+        ...
+
+    def read_document(self, model: str, version: str, name: str) -> bytes | None:
+        """One document of a version, by its file name; None if the version has none of this name."""
+        ...
+
+    def with_alias(self, model: str, alias: str) -> RegisteredVersion | None:
+        """The version that carries an alias (``created`` is False), or None."""
+        ...
+
+    def set_alias(self, model: str, alias: str, version: str) -> None:
+        """Give an alias to a version, and take it from the one that carried it."""
         ...
 
 

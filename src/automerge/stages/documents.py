@@ -10,6 +10,7 @@ from pydantic import Field
 
 from automerge.checkpoint.layout import is_adapter
 from automerge.documents import Document, Model
+from automerge.registry.promotion import Promotion
 from automerge.registry.registry import RegisteredVersion
 
 MANIFEST = "manifest.json"
@@ -119,3 +120,6 @@ class Registration(Document):
 
     recipe: str = Field(description="Digest of the recipe: the key of the registration.")
     registered: RegisteredVersion
+    promotion: Promotion | None = Field(
+        default=None, description="What became of the alias; null if none was asked for."
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from automerge.checkpoint.open import open_checkpoint
+from automerge.documents import digest_of
 from automerge.errors import MergeError, MissingExtraError, ModelError, SpecError, TaskError
 from automerge.merging.recipe import BASE, Recipe, RecipeBlock, merged_names
 from automerge.merging.resident import ResidentMerger
@@ -273,6 +274,7 @@ def _task_info(spec: Spec, name: str, task: MeasuredTask, validation: TaskData) 
         guard=declared.guard,
         validation_samples=len(validation),
         test_samples=len(task.data),
+        test_data=digest_of(task.data.sample_digests()),
         metrics=[
             MetricInfo(
                 name=metric.name,

@@ -1,5 +1,7 @@
 """register: file the merged model in the registry, with everything that proves it."""
 
+import logging
+import os
 from pathlib import Path
 
 from automerge.documents import write_atomically
@@ -8,7 +10,8 @@ from automerge.merging.recipe import Recipe
 from automerge.merging.statistics import Statistics
 from automerge.preservation import Evaluation, check_gate
 from automerge.registry.entry import build_entry
-from automerge.registry.registry import RegisteredVersion, load_registry
+from automerge.registry.promotion import promote
+from automerge.registry.registry import RUN_VARIABLE, RegisteredVersion, load_registry
 from automerge.spec import Spec
 from automerge.stages.documents import (
     EVALUATION,
@@ -25,11 +28,15 @@ from automerge.stages.documents import (
 )
 from automerge.telemetry.metrics import observe_stage
 
+log = logging.getLogger(__name__)
+
 
 def register(
     spec: Spec, inputs: Path, segmentation: Path, search: Path, model: Path, evaluation: Path, folder: Path
 ) -> RegisteredVersion:
     """Register the merged model and write ``registration.json``; the same recipe is registered once.
+
+    Where the spec says so, the version then takes an alias from the one that carries it, if it beats it.
 
     Args:
         spec: the spec.
@@ -79,10 +86,17 @@ def register(
                 evaluation / EVALUATION,
                 evaluation / REPORT,
             ],
+            run=os.environ.get(RUN_VARIABLE),
         )
-        version = load_registry(spec).register(entry)
-        Registration(recipe=recipe.digest(), registered=version).write(folder / REGISTRATION)
+        registry = load_registry(spec)
+        version = registry.register(entry)
         metrics.set("automerge_register_new_version", float(version.created))
+        promotion = None
+        if spec.registry.promote is not None:
+            promotion = promote(registry, version, measured, spec.registry.promote, document=EVALUATION)
+            log.info("alias %r: %s, %s", promotion.alias, promotion.verdict, promotion.reason)
+            metrics.set("automerge_register_promoted", float(promotion.verdict == "promoted"))
+        Registration(recipe=recipe.digest(), registered=version, promotion=promotion).write(folder / REGISTRATION)
     return version
 
 

@@ -100,6 +100,9 @@ _DEFINITIONS = (
     MetricDefinition("automerge_gate_passed", "gauge", "1 if the quality gate let the merged model pass, else 0."),
     MetricDefinition("automerge_onnx_exported", "gauge", "1 if the merged model was exported to ONNX, else 0."),
     MetricDefinition("automerge_register_new_version", "gauge", "1 if a version was created, 0 if it existed already."),
+    MetricDefinition(
+        "automerge_register_promoted", "gauge", "1 if the version has the promotion's alias, 0 if another one kept it."
+    ),
 )
 
 METRICS: dict[str, MetricDefinition] = {definition.name: definition for definition in _DEFINITIONS}

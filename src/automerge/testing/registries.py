@@ -37,6 +37,8 @@ def check_registry(make_registry: MakeRegistry, folder: Path) -> None:
         check_failed_registration_leaves_no_version,
         check_failed_download_leaves_nothing,
         check_concurrent_registration,
+        check_documents,
+        check_aliases,
     ):
         place = folder / check.__name__
         place.mkdir()
@@ -150,6 +152,44 @@ def check_concurrent_registration(make_registry: MakeRegistry, folder: Path) -> 
     assert found is not None
     assert found.version == made[0].version
     assert make_registry().download(entry.model, found.version, folder / "fetched").is_dir()
+
+
+def check_documents(make_registry: MakeRegistry, folder: Path) -> None:
+    """A document of a version is read by its name; one that it does not have is none."""
+    entry = make_entry(folder)
+    made = make_registry().register(entry)
+    for path in entry.documents:
+        assert make_registry().read_document(entry.model, made.version, path.name) == path.read_bytes(), path.name
+    assert make_registry().read_document(entry.model, made.version, "missing.json") is None
+    try:
+        make_registry().read_document(entry.model, "987654", "recipe.json")
+    except RegistryError:
+        pass
+    else:
+        raise AssertionError("a document of a version that is not there was read")
+
+
+def check_aliases(make_registry: MakeRegistry, folder: Path) -> None:
+    """An alias is on one version, or on none; several are apart, and a model that is not there has none."""
+    entry = make_entry(folder)
+    assert make_registry().with_alias(entry.model, "champion") is None
+    first = make_registry().register(entry)
+    second = make_registry().register(replace(entry, recipe_digest=digest_of("another recipe")))
+    assert make_registry().with_alias(entry.model, "champion") is None
+    make_registry().set_alias(entry.model, "champion", first.version)
+    make_registry().set_alias(entry.model, "other", first.version)
+    assert make_registry().with_alias(entry.model, "champion") == first.model_copy(update={"created": False})
+    for _ in range(2):
+        make_registry().set_alias(entry.model, "champion", second.version)
+        assert make_registry().with_alias(entry.model, "champion") == second.model_copy(update={"created": False})
+    assert make_registry().with_alias(entry.model, "other") == first.model_copy(update={"created": False})
+    try:
+        make_registry().set_alias(entry.model, "champion", "987654")
+    except RegistryError:
+        pass
+    else:
+        raise AssertionError("a version that is not there got an alias")
+    assert make_registry().with_alias(entry.model, "champion") == second.model_copy(update={"created": False})
 
 
 def make_entry(folder: Path) -> RegistryEntry:

@@ -1,16 +1,16 @@
 """Reading candidates from a registry: nothing in it is changed.
 
-MLflow is read through its client, Kubeflow Model Registry through its REST API (v1alpha3).
+Each through the client of the registry's own project.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from automerge.errors import MissingExtraError, RegistryError
+from automerge.registry.kubeflow_api import call, import_client, items, plain_properties
 from automerge.trigger.candidate import Candidate
 from automerge.trigger.config import Rule, WatchedRegistry
 
@@ -23,8 +23,7 @@ Raises:
 
 _SPEC_TAG = "automerge.spec.digest"
 _PAGE = 100
-_SECONDS = (5.0, 30.0)
-"""Limits for connecting and for an answer of Kubeflow Model Registry."""
+_ARCHIVED = "ARCHIVED"
 
 # MLflow would try for four minutes before it says that a server is not there. What the user sets stays.
 _MLFLOW_DEFAULTS = {
@@ -148,76 +147,27 @@ def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def _kubeflow_reader(registry: WatchedRegistry) -> Read:
-    try:
-        import urllib3
-    except ModuleNotFoundError:
-        raise MissingExtraError("watching Kubeflow Model Registry", "trigger") from None
+    import_client()
 
-    connect, answer = _SECONDS
-    pool = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=connect, read=answer),
-        retries=urllib3.Retry(total=1, redirect=False, backoff_factor=0.5, status_forcelist=(502, 503, 504)),
-    )
-    root = f"{registry.uri}/api/model_registry/v1alpha3"
-
-    def ask(path: str, token: str) -> dict[str, Any]:
-        query = urlencode({"pageSize": _PAGE, **({"nextPageToken": token} if token else {})})
-        response = pool.request("GET", f"{root}{path}?{query}", headers={"Accept": "application/json"})
-        if response.status != 200:
-            raise RegistryError(f"{registry.uri}: the registry answers {response.status}", "check address and rights")
-        value = json.loads(response.data)
-        if not isinstance(value, dict) or not isinstance(value.get("items", []), list):
-            raise ValueError
-        return value
-
-    def items(path: str) -> Iterator[dict[str, Any]]:
-        token = ""
-        while True:
-            page = ask(path, token)
-            yield from page.get("items", [])
-            token = page.get("nextPageToken") or ""
-            if not token:
-                return
-
-    def candidates(rule: Rule) -> Iterator[Candidate]:
-        for model in items("/registered_models"):
-            if not _matches(rule, model["name"]) or model.get("state") == "ARCHIVED":
+    async def candidates(api: Any, rule: Rule) -> list[Candidate]:
+        found = []
+        async for model in items(api.get_registered_models):
+            if not _matches(rule, model.name) or model.state == _ARCHIVED:
                 continue
-            for version in items(f"/registered_models/{_quoted(model['id'])}/versions"):
-                own = _properties(version)
+            async for version in items(api.get_registered_model_versions, model.id):
+                own = plain_properties(version)
                 selected = all(own.get(key) == value for key, value in (rule.select.tag or {}).items())
-                if version.get("state") == "ARCHIVED" or not selected:
+                if version.state == _ARCHIVED or not selected:
                     continue
-                artifacts = items(f"/model_versions/{_quoted(version['id'])}/artifacts")
-                uris = [found.get("uri") for found in artifacts if found.get("artifactType") == "model-artifact"]
-                uri = next((found for found in uris if found), "")
-                tags = {**_properties(model), **own}
+                artifacts = [item.actual_instance async for item in items(api.get_model_version_artifacts, version.id)]
+                uris = [each.uri for each in artifacts if each.artifact_type == "model-artifact"]
+                uri = next((uri for uri in uris if uri), "")
+                tags = {**plain_properties(model), **own}
                 # Its ids are never used again, unlike a version's name: they tell what `created` tells elsewhere.
-                yield Candidate(registry.title, model["name"], version["name"], uri, int(version["id"]), tags)
+                found.append(Candidate(registry.title, model.name, version.name, uri, int(version.id), tags))
+        return found
 
-    def read(rule: Rule) -> list[Candidate]:
-        try:
-            return list(candidates(rule))
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _failure(registry, error) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise RegistryError(
-                f"{registry.uri}: this is no Kubeflow Model Registry of API v1alpha3", "check the address"
-            ) from None
-
-    return read
-
-
-def _properties(item: Mapping[str, Any]) -> dict[str, str]:
-    """Custom properties as text; those of other kinds (structs) are left out."""
-    kinds = ("string_value", "int_value", "double_value", "bool_value")
-    found: dict[str, str] = {}
-    for key, value in (item.get("customProperties") or {}).items():
-        for kind in kinds:
-            if kind in value:
-                plain = value[kind]
-                found[key] = plain if isinstance(plain, str) else json.dumps(plain)
-    return found
+    return lambda rule: call(registry.uri, "read the candidates", lambda api: candidates(api, rule))
 
 
 def _matches(rule: Rule, model: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, MissingExtraError, SpecError
+from automerge.registry.registry import RUN_VARIABLE
 from automerge.spec import parse_spec
 from automerge.telemetry.logs import redact
 from automerge.trigger.config import KfpRunner, LocalRunner, TriggerConfig
@@ -228,6 +229,7 @@ class LocalRuns:
             '"$@"; code=$?; if [ $code -ne 130 ]; then echo $code > exit_code.part && mv exit_code.part exit_code; fi'
         )
         environment = {key: value for key, value in os.environ.items() if key not in OWN_SECRETS}
+        environment[RUN_VARIABLE] = folder.name
         with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as output:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The lock goes to the processes of the run, and is free when the last of them is gone.
