@@ -860,8 +860,9 @@ def fast(blocks: Job, tmp_path_factory: pytest.TempPathFactory) -> Watched:
 
 
 def test_what_the_race_left_is_refined_and_measured_whole(blocks: Job, tmp_path: Path) -> None:
-    search = {"preset": "fast", "trials": 12, "initial": 8, "seed": 3}
-    search["refine"] = {**PRESETS["fast"]["refine"], "steps": 10, "starts": 1}
+    # So few trials that the refinement finds a better recipe on every machine: one that it cannot better is not measured.
+    search = {"preset": "fast", "trials": 4, "initial": 3, "seed": 2}
+    search["refine"] = {**PRESETS["fast"]["refine"], "steps": 20, "starts": 1}
     result = Job(Spec.model_validate({**blocks.spec.model_dump(), "search": search}), blocks.folder).search(tmp_path)
     (refined,) = [trial for trial in result.trials if trial.phase == "refine"]
     assert (refined.status, refined.fidelity) == ("ok", 1)
