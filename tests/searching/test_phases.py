@@ -860,7 +860,7 @@ def fast(blocks: Job, tmp_path_factory: pytest.TempPathFactory) -> Watched:
 
 
 def test_what_the_race_left_is_refined_and_measured_whole(blocks: Job, tmp_path: Path) -> None:
-    # So few trials that the refinement finds a better recipe on every machine: one that it cannot better is not measured.
+    # So few trials that the refinement betters them on every machine: else there is nothing new to measure.
     search = {"preset": "fast", "trials": 4, "initial": 3, "seed": 2}
     search["refine"] = {**PRESETS["fast"]["refine"], "steps": 20, "starts": 1}
     result = Job(Spec.model_validate({**blocks.spec.model_dump(), "search": search}), blocks.folder).search(tmp_path)
