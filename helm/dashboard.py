@@ -170,6 +170,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "stat",
                 meanings=(("1", "new version", "green"), ("0", "was there", "blue")),
             ),
+            Panel(
+                "Promoted",
+                ((_of("automerge_register_promoted"), _RUN),),
+                "stat",
+                meanings=(("1", "has the alias", "green"), ("0", "another keeps it", "blue")),
+            ),
         ),
     ),
     (

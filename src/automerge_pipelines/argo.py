@@ -372,7 +372,7 @@ def _environment(settings: Settings, row: FlowTask, own: TaskSettings) -> list[E
     for secret, key in secrets:
         variables[key] = SecretEnv(name=key, secret_name=secret, secret_key=key, optional=True)
     if row.uses_registry:
-        variables[RUN_VARIABLE] = Env(name=RUN_VARIABLE, value="{{workflow.uid}}")
+        variables[RUN_VARIABLE] = Env(name=RUN_VARIABLE, value="{{workflow.name}}")
     given = {**(MODEL_ENVIRONMENT if row.runs_models else {}), **(own.env or {})}
     variables |= {key: Env(name=key, value=value) for key, value in sorted(given.items())}
     return list(variables.values())

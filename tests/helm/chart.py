@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tests.helm.conftest import Helm
+from tests.helm.program import Helm
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "automerge"

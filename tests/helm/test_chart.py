@@ -11,7 +11,7 @@ import yaml
 
 from helm.generate import main
 from tests.helm.chart import CHART, CI, NAMESPACE, ROOT, Object, objects, one, parsed, rendered
-from tests.helm.conftest import Helm
+from tests.helm.program import Helm
 
 KUBERNETES = ("1.29", "1.33", "1.37")
 OPERATOR = {

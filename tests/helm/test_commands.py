@@ -19,7 +19,7 @@ from automerge_pipelines.flow import CONFIG_KEYS
 from automerge_pipelines.schedules import load_schedules
 from automerge_pipelines.settings import load_settings
 from tests.helm.chart import CHART, CI, Object, objects, one
-from tests.helm.conftest import Helm
+from tests.helm.program import Helm
 from tests.pipelines.kfp_server import running_kfp
 from tests.trigger.registry import make_database
 from tests.trigger.service import running_service
@@ -41,7 +41,8 @@ def arguments(found: list[Object], kind: str, name: str, folder: Path) -> dict[s
     assert "command" not in container, "the image's entry point is automerge"
     words = [word.replace("/etc/automerge/", f"{folder}/") for word in container["args"]]
     command = cli.commands[words[0]]
-    context = command.make_context(words[0], words[1:])
+    # Below its group: a command keeps the help option that it is first asked for.
+    context = command.make_context(words[0], words[1:], parent=click.Context(cli, **cli.context_settings))
     assert isinstance(context, click.Context)
     return dict(context.params)
 

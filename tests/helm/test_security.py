@@ -8,7 +8,7 @@ import pytest
 
 from automerge.secrets import SECRET_NAME
 from tests.helm.chart import CHART, CI, NAMESPACE, Object, objects, one, pod_specs
-from tests.helm.conftest import Helm
+from tests.helm.program import Helm
 
 FULL = CHART / "ci" / "full-values.yaml"
 CHOSEN_BY_THE_CLUSTER = "openshift-values"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.helm.chart import CHART, CI
-from tests.helm.conftest import Helm
+from tests.helm.program import Helm
 
 MINIMAL = CHART / "ci" / "minimal-values.yaml"
 RULE = {"name": "r", "registry": "mlflow", "models": ["*"], "select": {"alias": "candidate"}, "spec": {"name": "x"}}

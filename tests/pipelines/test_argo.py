@@ -198,7 +198,11 @@ def test_default_settings_of_a_task(name: str, tmp_path: Path) -> None:
             "register": {**S3, "automerge-registry": list(REGISTRY_SECRET_KEYS)},
         }[name],
         "config": {"automerge": list(CONFIG_KEYS)},
-        "env": {"HOME": "/tmp"} | ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if name in MODELS else {}),
+        "env": {
+            "HOME": "/tmp",
+            **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if name in MODELS else {}),
+            **({"AUTOMERGE_RUN": "{{workflow.name}}"} if name == "register" else {}),
+        },
     }
 
 

@@ -1,63 +1,20 @@
 """From an alias that is set on a real MLflow server, by its webhook, to a merged version registered there."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import urllib3
 
 from tests.e2e.tiny import TinyPair
+from tests.registry.mlflow_server import running_mlflow
 from tests.trigger.service import SECRET, running_service, wait_for
 from tests.trigger.test_service import TEMPLATE, configured, tiny_rule
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EVENTS = ["model_version_alias.created", "model_version_tag.set", "model_version.created"]
-
-
-@contextmanager
-def running_mlflow(folder: Path) -> Iterator[str]:
-    """A server on a free port of loopback that may send webhooks there; stopped with all its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    pool, url = urllib3.PoolManager(), f"http://127.0.0.1:{port}"
-
-    def is_there() -> bool:
-        assert process.poll() is None, (folder / "server.log").read_text()
-        try:
-            return bool(pool.request("GET", f"{url}/health", retries=False, timeout=5).status == 200)
-        except urllib3.exceptions.HTTPError:
-            return False
-
-    try:
-        wait_for(is_there, 240)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_an_alias_becomes_a_merged_version(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
