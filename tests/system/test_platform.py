@@ -14,7 +14,7 @@ from automerge.preservation import Evaluation
 from automerge.stages.documents import Registration
 from automerge.testing.s3_server import S3Server
 from tests.e2e.tiny import TinyPair, tiny_spec
-from tests.helm.chart import objects, one
+from tests.helm.chart import CHART, objects, one
 from tests.helm.program import installed_helm
 from tests.observability.servers import Prometheus, running_gateway, running_prometheus
 from tests.registry.mlflow_server import running_mlflow
@@ -60,9 +60,9 @@ class Platform:
 
 def rule_of(root: str, mlflow: str) -> dict[str, Any]:
     """Two candidates are merged as soon as they are there; the best merge so far is the champion."""
-    registry = {"uri": mlflow, "promote": {"alias": "champion"}}
-    spec = tiny_spec(root, mlflow, evaluation={"resamples": 100, "onnx": False}, registry=registry)
+    spec = tiny_spec(root, mlflow, evaluation={"resamples": 100, "onnx": False})
     value = spec.model_dump(mode="json")
+    value["registry"]["promote"] = {"alias": "champion"}
     del value["sources"], value["tasks"]
     half = "$(candidate.tags.half)"
     task = {"name": half, "kind": "classification", "specialist": half}
@@ -81,7 +81,7 @@ def rule_of(root: str, mlflow: str) -> dict[str, Any]:
 def rules_of_the_chart(folder: Path) -> Path:
     """The alerts as Helm renders them for Prometheus' operator, in a file for Prometheus itself."""
     helm = installed_helm(folder)
-    found = one(objects(helm, "--set", "prometheusRule.enabled=true"), "PrometheusRule", "automerge")
+    found = one(objects(helm, "--values", CHART / "ci" / "full-values.yaml"), "PrometheusRule", "")
     path = folder / "rules.yaml"
     path.write_text(yaml.safe_dump({"groups": found["spec"]["groups"]}))
     return path
