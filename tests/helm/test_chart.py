@@ -1,6 +1,7 @@
 """What every chart must be: linted, valid for Kubernetes, deterministic, and able to be upgraded."""
 
 import shutil
+import tarfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 import yaml
 
 from helm.generate import main
-from tests.helm.chart import CHART, CI, NAMESPACE, ROOT, Object, objects, one, parsed, rendered
+from tests.helm.chart import CHART, CI, NAMESPACE, ROOT, Object, objects, one, rendered
 from tests.helm.program import Helm
+
+RELEASES = tuple(sorted(Path(__file__).with_name("releases").glob("*.tar.gz")))
+"""The chart of each earlier release (`git archive --format=tar.gz REVISION:helm/automerge`)."""
 
 KUBERNETES = ("1.29", "1.33", "1.37")
 OPERATOR = {
@@ -88,10 +92,11 @@ def test_nothing_is_random_dated_or_looked_up() -> None:
             assert not [word for word in called if word.startswith(words)], path
 
 
-def test_versions_are_those_of_the_package() -> None:
+def test_the_version_of_the_application_is_that_of_the_package() -> None:
+    """The chart's own version counts by itself."""
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert (chart["version"], chart["appVersion"]) == (package, package)
+    assert chart["appVersion"] == package
     for dependency in chart["dependencies"]:
         found = yaml.safe_load((CHART / "charts" / dependency["name"] / "Chart.yaml").read_text())
         assert found["version"] == dependency["version"]
@@ -117,25 +122,41 @@ def immutable(found: list[Object]) -> dict[str, Any]:
     return parts
 
 
+def unpacked(release: Path, folder: Path) -> Path:
+    """The chart of an earlier release, with its values of that time."""
+    with tarfile.open(release) as archive:
+        archive.extractall(folder / release.name, filter="data")
+    return folder / release.name
+
+
+def test_the_version_is_a_new_one() -> None:
+    earlier = [release.name.removeprefix("automerge-").removesuffix(".tar.gz") for release in RELEASES]
+    assert earlier and yaml.safe_load((CHART / "Chart.yaml").read_text())["version"] not in earlier
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 @pytest.mark.parametrize("values", CI, ids=lambda path: path.stem)
-def test_an_upgrade_changes_nothing_that_cannot_change(helm: Helm, values: Path, tmp_path: Path) -> None:
-    """From this chart as it is packaged to the same with the next version: there is no earlier one yet."""
-    assert helm("package", CHART, "--destination", tmp_path).returncode == 0
-    (old,) = tmp_path.glob("*.tgz")
-    assert (
-        helm("package", CHART, "--version", "9.9.9", "--app-version", "9.9.9", "--destination", tmp_path).returncode
-        == 0
-    )
-    before = objects(helm, "--values", values, chart=old)
-    after = objects(helm, "--values", values, "--is-upgrade", chart=tmp_path / "automerge-9.9.9.tgz")
+def test_an_upgrade_keeps_the_values_and_changes_nothing_that_cannot_change(
+    helm: Helm, release: Path, values: Path, tmp_path: Path
+) -> None:
+    """From an earlier release, by the values that it was installed with; and back again."""
+    chart = unpacked(release, tmp_path)
+    own = chart / "ci" / values.name
+    before = objects(helm, "--values", own, chart=chart)
+    after = objects(helm, "--values", own, "--is-upgrade")
     assert before != after
     assert immutable(before) == immutable(after)
-    assert parsed(rendered(helm, "--values", values)) == before, "the package holds all that is rendered"
+    assert objects(helm, "--values", own, "--is-upgrade", chart=chart) == before
+
+
+@pytest.mark.parametrize("values", CI, ids=lambda path: path.stem)
+def test_the_package_holds_all_that_is_rendered(helm: Helm, values: Path, tmp_path: Path) -> None:
+    assert helm("package", CHART, "--destination", tmp_path).returncode == 0
+    (package,) = tmp_path.glob("*.tgz")
+    assert objects(helm, "--values", values, chart=package) == objects(helm, "--values", values)
 
 
 def test_the_package_leaves_out_what_only_tests_read(helm: Helm, tmp_path: Path) -> None:
-    import tarfile
-
     assert helm("package", CHART, "--destination", tmp_path).returncode == 0
     with tarfile.open(next(tmp_path.glob("*.tgz"))) as package:
         names = package.getnames()
