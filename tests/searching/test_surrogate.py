@@ -62,14 +62,14 @@ def test_its_predictions_are_smacs_bit_by_bit(seed: int, count: int, levels: int
         model.train(points[:count].copy(), costs.copy())
     for mine, other in zip(ours.predict_marginalized(points), reference.predict_marginalized(points), strict=True):
         assert np.array_equal(mine, other)
-    for mine, other in zip(ours._rf.estimators_, reference._rf.estimators_, strict=True):
-        assert np.array_equal(mine.tree_.value, other.tree_.value)
+    for mine, other in zip(ours._rf, reference._rf.estimators_, strict=True):
+        assert np.array_equal(mine.value, other.tree_.value)
 
 
 def test_a_leaf_of_many_points_is_among_what_is_compared() -> None:
     space = make_space()
     model = Forest(space, 0).train(encoded(space, 60), nearly_equal_costs(np.random.default_rng(0), 60))
-    assert [tree.tree_.node_count for tree in model._rf.estimators_] == [1] * TREES
+    assert [tree.node_count for tree in model._rf] == [1] * TREES
 
 
 def test_predicting_leaves_the_points_as_they_are() -> None:

@@ -88,8 +88,8 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 
     def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[tuple[float, Configuration]]:
         """The best points found that are not among the previous ones, best first, with their acquisition values."""
-        seen = [config.get_array() for config in previous_configs]
-        points = np.stack([*self._random(RANDOM_POINTS), *seen])
+        seen = np.array([config.get_array() for config in previous_configs]).reshape(-1, len(self._choices))
+        points = np.concatenate([self._random(RANDOM_POINTS), seen])
         values = self._acquisition(points)
         points, values = _best(points, values, POOL)
         for _ in range(GENERATIONS):
@@ -104,7 +104,7 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
                 break
         # A point that SMAC has to pass over would cost another chance of a random proposal. Where none is new, the
         # space is a small one that is exhausted, which SMAC finds out from the old ones.
-        known = set(_keys(np.array(seen)))
+        known = set(_keys(seen))
         new = np.array([key not in known for key in _keys(points)])
         kept = new if new.any() else ~new
         found = []
@@ -170,16 +170,17 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 
 def _best(points: Array, values: Array, count: int) -> tuple[Array, Array]:
     """The points of highest value without repetitions, best first; of equals, the earliest."""
-    kept: list[int] = []
-    known: set[bytes] = set()
-    keys = _keys(points)
-    for index in np.argsort(-values, kind="stable"):
-        if keys[index] not in known:
-            known.add(keys[index])
-            kept.append(index)
-            if len(kept) == count:
-                break
-    return points[kept], values[kept]
+    order = np.argsort(-values, kind="stable")
+    kept: dict[bytes, int] = {}
+    # Few are repeated, so that the first ones almost always are enough.
+    for part in np.split(order, range(2 * count, len(order), 2 * count)):
+        for key, index in zip(_keys(points[part]), part, strict=True):
+            if len(kept) < count:
+                kept.setdefault(key, index)
+        if len(kept) == count:
+            break
+    indices = list(kept.values())
+    return points[indices], values[indices]
 
 
 def _keys(points: Array) -> list[bytes]:

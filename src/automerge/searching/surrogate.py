@@ -1,16 +1,19 @@
 """The surrogate: SMAC's random forest, with the same trees and predictions to the last bit, at less cost a call.
 
 SMAC (Lindauer et al., JMLR 2022) replaces the value of each leaf of scikit-learn's trees by the logarithm of the mean
-cost in it, since costs are log-transformed. It does so leaf by leaf, and predicts through scikit-learn's machinery for
-parallel jobs, which for trees as small as a search's costs more than the trees themselves.
+cost in it, since costs are log-transformed. It does so leaf by leaf, and trains and predicts through scikit-learn's
+machinery for parallel jobs, which for trees as small as a search's costs more than the trees themselves.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from ConfigSpace import CategoricalHyperparameter, ConfigurationSpace
-from smac.model.random_forest.random_forest import EPMRandomForest, RandomForest
+from sklearn import config_context
+from sklearn.tree import DecisionTreeRegressor
+from smac.model.random_forest.random_forest import RandomForest
 
 Array = npt.NDArray[np.float64]
 
@@ -23,6 +26,22 @@ preallocates 2^21 nodes a tree, which costs a second a training and changes no p
 
 _PAIRWISE = 8
 """From so many numbers on, NumPy sums in another order than one after the other."""
+
+_LARGEST_SEED = np.iinfo(np.int32).max
+
+_OF_A_TREE = (
+    "criterion",
+    "max_depth",
+    "min_samples_split",
+    "min_samples_leaf",
+    "min_weight_fraction_leaf",
+    "max_features",
+    "max_leaf_nodes",
+    "min_impurity_decrease",
+    "ccp_alpha",
+    "monotonic_cst",
+)
+"""The options of a forest that are those of its trees."""
 
 
 class Forest(RandomForest):  # type: ignore[misc]
@@ -53,30 +72,48 @@ class Forest(RandomForest):  # type: ignore[misc]
         return np.where(np.isfinite(X), X, self._inactive)
 
     def _train(self, X: Array, y: Array) -> "Forest":  # noqa: N803
-        self._rf = _Trees(**self._rf_opts).fit(self._impute_inactive(X), y.flatten())
+        self._rf = _grown(self._impute_inactive(X), y.flatten(), self._rf_opts)
         return self
 
     def _predict(self, X: Array, covariance_type: str | None = "diagonal") -> tuple[Array, Array]:  # noqa: N803
         points = self._impute_inactive(X).astype(np.float32)
         values = np.empty((len(points), TREES))
-        for index, tree in enumerate(self._rf.estimators_):
-            values[:, index] = tree.tree_.predict(points)[:, 0]
+        for index, tree in enumerate(self._rf):
+            values[:, index] = tree.predict(points)[:, 0]
         return values.mean(axis=1), values.var(axis=1)
 
 
-class _Trees(EPMRandomForest):  # type: ignore[misc]
-    """SMAC's forest, whose leaves get their values all at once."""
+def _grown(points: Array, costs: Array, options: Mapping[str, Any]) -> list[Any]:
+    """The trees of scikit-learn's forest on log-transformed costs, whose leaves hold means of the costs themselves.
 
-    def fit(self, X: Array, y: Array, sample_weight: Any = None) -> "_Trees":  # noqa: N803 - scikit-learn's names
-        super(EPMRandomForest, self).fit(X, y)  # scikit-learn's
-        points = X.astype(np.float32)
-        costs = np.exp(y)
-        for tree, samples in zip(self.estimators_, self.estimators_samples_, strict=True):
-            leaves = tree.tree_.apply(points)[samples]
-            counts = np.bincount(leaves)
-            (used,) = np.nonzero(counts)
-            means = np.bincount(leaves, costs[samples])[used] / counts[used]
-            for index in np.nonzero(counts[used] >= _PAIRWISE)[0]:
-                means[index] = costs[samples[leaves == used[index]]].mean()
-            tree.tree_.value[used, 0, 0] = np.log(means)
-        return self
+    A forest of scikit-learn copies, checks and schedules its trees anew for each training, which takes longer than to
+    grow them. So they are grown one by one, from the seeds and samples that a forest of 1.9 draws.
+
+    Args:
+        points: float64 [n, hyperparameters].
+        costs: float64 [n], their logarithms.
+        options: of SMAC's forest.
+    """
+    inputs, targets = points.astype(np.float32), costs[:, None].copy()
+    plain = np.exp(costs)
+    seeds = np.random.RandomState(options["random_state"])
+    trees = []
+    with config_context(skip_parameter_validation=True, assume_finite=True):
+        for _ in range(TREES):
+            seed = seeds.randint(_LARGEST_SEED)
+            samples = np.random.RandomState(seed).randint(0, len(inputs), len(inputs))
+            grown = DecisionTreeRegressor(**{key: options[key] for key in _OF_A_TREE}, random_state=seed)
+            grown.fit(inputs, targets, np.bincount(samples, minlength=len(inputs)), check_input=False)
+            _fill(grown.tree_, grown.tree_.apply(inputs)[samples], plain[samples])
+            trees.append(grown.tree_)
+    return trees
+
+
+def _fill(tree: Any, leaves: npt.NDArray[np.intp], costs: Array) -> None:
+    """Give each leaf the logarithm of the mean of its samples' costs; ``leaves`` and ``costs`` are by sample."""
+    counts = np.bincount(leaves)
+    (used,) = np.nonzero(counts)
+    means = np.bincount(leaves, costs)[used] / counts[used]
+    for index in np.nonzero(counts[used] >= _PAIRWISE)[0]:
+        means[index] = costs[leaves == used[index]].mean()
+    tree.value[used, 0, 0] = np.log(means)
