@@ -29,8 +29,8 @@ from hera.workflows import models as argo
 
 from automerge.documents import write_atomically
 from automerge.errors import SpecError
-from automerge.registry.registry import RUN_VARIABLE
 from automerge.spec import load_spec
+from automerge.telemetry.traces import RUN_VARIABLE
 from automerge_pipelines.arguments import spec_argument
 from automerge_pipelines.flow import (
     CONFIG_KEYS,
@@ -365,14 +365,13 @@ def _environment(settings: Settings, row: FlowTask, own: TaskSettings) -> list[E
     """By name, so that a variable of the settings stands in place of the config map's."""
     # The root is read-only, and libraries write caches to the home folder.
     variables: dict[str, Env | SecretEnv | ConfigMapEnv] = {"HOME": Env(name="HOME", value=TEMPORARY)}
+    variables[RUN_VARIABLE] = Env(name=RUN_VARIABLE, value="{{workflow.name}}")
     for key in CONFIG_KEYS:
         variables[key] = ConfigMapEnv(name=key, config_map_name=settings.config_map, config_map_key=key, optional=True)
     secrets = [(settings.s3_secret, key) for key in S3_SECRET_KEYS if row.reads_s3]
     secrets += [(settings.registry_secret, key) for key in REGISTRY_SECRET_KEYS if row.uses_registry]
     for secret, key in secrets:
         variables[key] = SecretEnv(name=key, secret_name=secret, secret_key=key, optional=True)
-    if row.uses_registry:
-        variables[RUN_VARIABLE] = Env(name=RUN_VARIABLE, value="{{workflow.name}}")
     given = {**(MODEL_ENVIRONMENT if row.runs_models else {}), **(own.env or {})}
     variables |= {key: Env(name=key, value=value) for key, value in sorted(given.items())}
     return list(variables.values())

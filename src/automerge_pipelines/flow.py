@@ -83,6 +83,7 @@ CONFIG_KEYS = (
     "AUTOMERGE_PUSHGATEWAY",
     "AUTOMERGE_LOG_FORMAT",
     "AUTOMERGE_LOG_LEVEL",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
 )
 """Keys of the secrets and the config map are the names of the environment variables; each of them may be missing."""
 

@@ -16,7 +16,7 @@ from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
 from automerge.documents import write_atomically
-from automerge.registry.registry import RUN_VARIABLE
+from automerge.telemetry.traces import RUN_VARIABLE
 from automerge_components import (
     evaluate,
     fetch,
@@ -215,7 +215,7 @@ def _configure(task: Any, row: FlowTask, settings: Settings, run: _Run) -> None:
     if row.uses_registry:
         keys = {key: key for key in REGISTRY_SECRET_KEYS}
         kubernetes.use_secret_as_env(task, run.registry_secret, keys, optional=True)
-        kubernetes.use_field_path_as_env(task, RUN_VARIABLE, "metadata.labels['pipeline/runid']")
+    kubernetes.use_field_path_as_env(task, RUN_VARIABLE, "metadata.labels['pipeline/runid']")
 
 
 def _config(settings: Settings) -> Any:

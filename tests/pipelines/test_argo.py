@@ -146,7 +146,7 @@ BREAKS: dict[str, Callable[[Json], Any]] = {
     "unknown key of a task": lambda document: document["spec"]["templates"][0]["dag"]["tasks"][0].update(after=[]),
     "unknown key of a container": lambda document: first_container(document).update(arguments=["-v"]),
     "misspelt context": lambda document: first_container(document)["securityContext"].update(runAsNonroot=True),
-    "misspelt reference": lambda document: first_container(document)["env"][1]["valueFrom"].update(secretKey={}),
+    "misspelt reference": lambda document: first_container(document)["env"][2]["valueFrom"].update(secretKey={}),
     "command of the wrong type": lambda document: first_container(document).update(command="automerge"),
     "missing name of a mount": lambda document: first_container(document)["volumeMounts"][0].pop("name"),
     "no quantity": lambda document: first_container(document)["resources"]["limits"].update(memory={"size": "4Gi"}),
@@ -200,8 +200,8 @@ def test_default_settings_of_a_task(name: str, tmp_path: Path) -> None:
         "config": {"automerge": list(CONFIG_KEYS)},
         "env": {
             "HOME": "/tmp",
+            "AUTOMERGE_RUN": "{{workflow.name}}",
             **({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if name in MODELS else {}),
-            **({"AUTOMERGE_RUN": "{{workflow.name}}"} if name == "register" else {}),
         },
     }
 
@@ -258,6 +258,7 @@ def test_all_settings_reach_the_task_that_they_are_for(tmp_path: Path) -> None:
         "config": {"endpoints": config},
         "env": {
             "HOME": "/tmp",
+            "AUTOMERGE_RUN": "{{workflow.name}}",
             "AUTOMERGE_LOG_FORMAT": "json",
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         },

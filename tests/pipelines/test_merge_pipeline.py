@@ -211,7 +211,7 @@ def test_settings_of_each_executor_by_default(
     assert all(item["optional"] is True for item in given)
     assert [[key["envVar"] for key in item["keyToEnv"]] for item in given] == [list(SECRETS[name]) for name in secrets]
     run = {"name": "AUTOMERGE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}
-    assert settings.get("fieldPathAsEnv", []) == ([run] if task == "register" else [])
+    assert settings["fieldPathAsEnv"] == [run]
 
 
 class TestOnACluster:

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from automerge.spec import Spec
 
 
-RUN_VARIABLE = "AUTOMERGE_RUN"
-"""Names the run of the pipeline or the trigger in which a model is registered, for its lineage."""
-
-
 @dataclass(frozen=True)
 class RegistryEntry:
     """A merged model to be registered, with everything that is kept beside it.

@@ -11,7 +11,7 @@ from automerge.merging.statistics import Statistics
 from automerge.preservation import Evaluation, check_gate
 from automerge.registry.entry import build_entry
 from automerge.registry.promotion import promote
-from automerge.registry.registry import RUN_VARIABLE, RegisteredVersion, load_registry
+from automerge.registry.registry import RegisteredVersion, load_registry
 from automerge.spec import Spec
 from automerge.stages.documents import (
     EVALUATION,
@@ -27,6 +27,7 @@ from automerge.stages.documents import (
     Registration,
 )
 from automerge.telemetry.metrics import observe_stage
+from automerge.telemetry.traces import RUN_VARIABLE
 
 log = logging.getLogger(__name__)
 

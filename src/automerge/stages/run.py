@@ -17,6 +17,7 @@ from automerge.stages.merge import merge
 from automerge.stages.register import register
 from automerge.stages.search import search
 from automerge.stages.segment import segment
+from automerge.telemetry.traces import span
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,16 @@ def run(
     if (found / TRIALS).exists() and not resume:
         raise SearchError(f"{folder}: a run was begun here", "pass --resume to go on, or another folder")
     prepare_compute(spec)
-    fetch(spec, inputs)
-    segment(spec, inputs, blocks)
-    result = search(spec, inputs, blocks, found, resume=resume, progress=progress)
-    if result.stopped == "interrupted":
-        return RunResult(result)
-    merge(spec, inputs, found / RECIPE, model)
-    evaluation = evaluate(spec, inputs, blocks, found, model, measured)
-    if evaluation.gate.verdict == "fail":
-        return RunResult(result, evaluation)
-    return RunResult(result, evaluation, register(spec, inputs, blocks, found, model, measured, folder / "register"))
+    with span("run", pipeline=spec.name, model_family=spec.model.target):
+        fetch(spec, inputs)
+        segment(spec, inputs, blocks)
+        result = search(spec, inputs, blocks, found, resume=resume, progress=progress)
+        if result.stopped == "interrupted":
+            return RunResult(result)
+        merge(spec, inputs, found / RECIPE, model)
+        evaluation = evaluate(spec, inputs, blocks, found, model, measured)
+        if evaluation.gate.verdict == "fail":
+            return RunResult(result, evaluation)
+        return RunResult(
+            result, evaluation, register(spec, inputs, blocks, found, model, measured, folder / "register")
+        )

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from automerge.documents import write_atomically
+from automerge.telemetry.traces import span
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _families_in(path: Path) -> list[Metric]:
 
 @contextmanager
 def observe_stage(stage: str, *, pipeline: str, family: str, folder: Path) -> Iterator[StageMetrics]:
-    """Measure one run of a stage, and publish its metrics when it ends, however it ends.
+    """Measure one run of a stage, and publish its metrics when it ends, however it ends; it is a span of a trace, too.
 
     Pushed to the gateway named by ``AUTOMERGE_PUSHGATEWAY``; where there is none, or it does not answer, written to
     ``<folder>/metrics/<stage>.prom``. A failed run leaves the time of the last success as it was. Metrics never fail
@@ -247,7 +248,8 @@ def observe_stage(stage: str, *, pipeline: str, family: str, folder: Path) -> It
     start = time.monotonic()
     succeeded = False
     try:
-        yield metrics
+        with span(stage, pipeline=pipeline, model_family=family):
+            yield metrics
         succeeded = True
     finally:
         now = time.time()

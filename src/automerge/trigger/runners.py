@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol
 
 from automerge.documents import write_atomically
 from automerge.errors import AutoMergeError, MissingExtraError, SpecError
-from automerge.registry.registry import RUN_VARIABLE
 from automerge.spec import parse_spec
 from automerge.telemetry.logs import redact
+from automerge.telemetry.traces import RUN_VARIABLE
 from automerge.trigger.config import KfpRunner, LocalRunner, TriggerConfig
 from automerge.trigger.state import Run, RunState
 
