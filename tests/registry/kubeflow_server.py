@@ -39,6 +39,8 @@ class ModelRegistryServer:
     tokens: set[str | None] = field(default_factory=set)
     refuse: dict[tuple[str, str], int] = field(default_factory=dict)
     """Status by method and last part of the path: such calls are refused."""
+    says: str | None = None
+    """What every call is answered with, as by another server."""
     page: int = 100
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -160,6 +162,7 @@ def running_model_registry() -> Iterator[ModelRegistryServer]:
                     body = json.dumps(found.to_dict())
                 except RefusedError as error:
                     status, body = error.status, json.dumps({"code": str(error.status), "message": str(error)})
+            body = registry.says if registry.says is not None else body
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body.encode())))

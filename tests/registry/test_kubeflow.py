@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -195,6 +196,14 @@ def test_a_server_that_refuses_does_not_answer_or_is_another_is_said(
     registry = KubeflowRegistry(RegistrySpec(kind="kubeflow", uri=f"{server.url}/wrong", artifacts=str(tmp_path)))
     with pytest.raises(RegistryError, match=r"\(404\); check the uri"):
         registry.register(entry)
+
+
+@pytest.mark.parametrize("says", ["<html>Sign in</html>", "[]", '{"items": 3}', '{"name": 7, "id": []}'])
+def test_another_server_is_recognised(server: ModelRegistryServer, registry: KubeflowRegistry, says: str) -> None:
+    server.models["1"] = SimpleNamespace(name="digits", to_dict=dict)
+    server.says = says
+    with pytest.raises(RegistryError, match=r"cannot find .*: this is no Kubeflow Model Registry; check the uri$"):
+        registry.find("digits", "0" * 64)
 
 
 def test_files_that_cannot_be_put_anywhere_are_said(server: ModelRegistryServer, entry: RegistryEntry) -> None:

@@ -323,11 +323,16 @@ def _upload(entry: RegistryEntry, place: str) -> str:
     for path in entry.onnx:
         storage.upload(path, f"{place}/onnx/{path.name}")
     # Runs that differ in their documents can end at one recipe: each keeps its own together.
-    contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in entry.documents}
+    contents = {path.name: _digest(path) for path in entry.documents}
     documents = f"{place}/documents-{digest_of(contents)[:_NAME_DIGITS]}"
     for path in entry.documents:
         storage.upload(path, f"{documents}/{path.name}")
     return _address(documents)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:  # a statistics file may be as large as the model
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _address(place: str) -> str:

@@ -65,8 +65,8 @@ def call(uri: str, action: str, work: "Callable[[ModelRegistryServiceApi], Corou
             raise RegistryError(
                 f"{where}: the server does not answer ({text})", "start it, or correct its uri"
             ) from None
-        except (ValidationError, ValueError, KeyError, TypeError, AttributeError):
-            raise RegistryError(f"{where}: this is no Kubeflow Model Registry", "check the uri") from None
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RegistryError(f"{where}: this is no Kubeflow Model Registry", "check the uri") from error
 
 
 async def found_or_none(answer: Awaitable[T]) -> T | None:
