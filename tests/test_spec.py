@@ -66,9 +66,11 @@ def test_relative_paths_start_at_the_specs_folder(tmp_path: Path, monkeypatch: p
     (tmp_path / "project").mkdir()
     spec = {**SMALL, "model": {**SMALL["model"], "python_path": [".", "../lib", "/abs"]}}
     spec["sources"] = [{"name": "a", "uri": "s3://bucket/a/"}, {"name": "b", "uri": "file:///b"}]
+    spec["registry"] = {"kind": "kubeflow", "uri": "http://registry", "artifacts": "merged"}
     (tmp_path / "project" / "spec.yaml").write_text(yaml.safe_dump(spec))
     monkeypatch.chdir(tmp_path)
     loaded = load_spec(Path("project/spec.yaml"))
+    assert loaded.registry.artifacts == str(tmp_path / "project" / "merged")
     assert loaded.model.python_path == [str(tmp_path / "project"), str(tmp_path / "lib"), "/abs"]
     assert loaded.base is not None
     assert loaded.base.uri == str(tmp_path / "project" / "base.safetensors")

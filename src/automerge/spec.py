@@ -18,7 +18,7 @@ from automerge.documents import digest_of
 from automerge.errors import SpecError
 from automerge.plugins import nearest
 from automerge.secrets import SECRET_NAME
-from automerge.written import WrittenModel, decode, read_text, validate
+from automerge.written import WrittenModel, decode, read_text, validate, with_texts
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
@@ -421,6 +421,19 @@ class RegistrySpec(WrittenModel):
         default=None, description="Give the registered version an alias if it beats the one that has it."
     )
 
+    @model_validator(mode="after")
+    def _kubeflow(self) -> Self:
+        if self.kind != "kubeflow":
+            return self
+        if not (self.uri or "").startswith(("http://", "https://")):
+            raise ValueError("kind 'kubeflow' needs 'uri', the registry's address (http://host or https://host)")
+        if self.artifacts is None:
+            raise ValueError(
+                "kind 'kubeflow' needs 'artifacts', a folder for the merged models (e.g. s3://models/merged), since "
+                "the registry keeps no files"
+            )
+        return self
+
 
 class GateSpec(WrittenModel):
     """What a merged model must keep to be registered."""
@@ -550,7 +563,7 @@ def parse_spec(
         SpecError: one sentence for each problem, with its path in the spec.
     """
     value = decode(text, where, "spec", "start from `automerge init`")
-    value = _substitute(value, os.environ if environment is None else environment, where, "")
+    value = _substitute(value, os.environ if environment is None else environment, where)
     spec = validate(value, Spec, where, _PATTERNS)
     return _anchored(spec, folder) if folder is not None else spec
 
@@ -563,17 +576,10 @@ def json_schema() -> dict[str, Any]:
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
-def _substitute(value: Any, environment: Mapping[str, str], where: str, path: str) -> Any:
+def _substitute(value: Any, environment: Mapping[str, str], where: str) -> Any:
     """Replace ``${NAME}`` in every string; refuse secrets, since the spec is logged and registered."""
-    if isinstance(value, dict):
-        return {key: _substitute(item, environment, where, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_substitute(item, environment, where, f"{path}.{index}") for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
 
-    def replace(match: re.Match[str]) -> str:
-        name = match.group(1)
+    def variable(name: str, path: str) -> str:
         if SECRET_NAME.search(name):
             raise SpecError(
                 f"{where}: {path}: ${{{name}}} looks like a secret, and a spec is logged and registered",
@@ -585,7 +591,7 @@ def _substitute(value: Any, environment: Mapping[str, str], where: str, path: st
             raise SpecError(f"{where}: {path}: the environment variable {name} is not set", remedy)
         return environment[name]
 
-    return _VARIABLE.sub(replace, value)
+    return with_texts(value, lambda text, path: _VARIABLE.sub(lambda match: variable(match.group(1), path), text))
 
 
 def _anchored(spec: Spec, folder: Path) -> Spec:
@@ -599,6 +605,9 @@ def _anchored(spec: Spec, folder: Path) -> Spec:
             "model": spec.model.model_copy(update={"python_path": [uri(item) for item in spec.model.python_path]}),
             "base": spec.base and spec.base.model_copy(update={"uri": uri(spec.base.uri)}),
             "sources": [source.model_copy(update={"uri": uri(source.uri)}) for source in spec.sources],
+            "registry": spec.registry.model_copy(
+                update={"artifacts": uri(spec.registry.artifacts) if spec.registry.artifacts else None}
+            ),
             "search": spec.search.model_copy(update={"start_from": [uri(item) for item in spec.search.start_from]}),
             "tasks": [
                 task.model_copy(update={"validation": uri(task.validation), "test": uri(task.test)})

@@ -3,7 +3,7 @@
 import json
 import re
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -33,6 +33,21 @@ def read_text(path: Path, remedy: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise SpecError(f"{path}: cannot be read ({reason})", remedy) from None
+
+
+def with_texts(value: Any, change: Callable[[str, str], str], path: str = "") -> Any:
+    """A decoded value with each text in it changed; keys stay as they are.
+
+    Args:
+        value: mappings, lists, texts and plain values, nested.
+        change: called with a text and its path, e.g. ``tasks.0.name``; returns the new text.
+        path: of the value itself.
+    """
+    if isinstance(value, dict):
+        return {key: with_texts(item, change, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_texts(item, change, f"{path}.{index}") for index, item in enumerate(value)]
+    return change(value, path) if isinstance(value, str) else value
 
 
 def decode(text: str, where: str, what: str, remedy: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 
 from automerge.errors import MissingExtraError, RegistryError
 from automerge.registry import kubeflow_api
@@ -216,14 +217,14 @@ def test_files_that_cannot_be_put_anywhere_are_said(server: ModelRegistryServer,
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"artifacts": "s3://models"}, "registry.uri: None is no address"),
-        ({"uri": "sqlite:///x", "artifacts": "s3://models"}, "registry.uri: 'sqlite:///x' is no address"),
-        ({"uri": "http://registry"}, "registry.artifacts is missing"),
+        ({"artifacts": "s3://models"}, "needs 'uri', the registry's address"),
+        ({"uri": "sqlite:///x", "artifacts": "s3://models"}, "needs 'uri', the registry's address"),
+        ({"uri": "http://registry"}, "needs 'artifacts', a folder for the merged models"),
     ],
 )
-def test_what_is_missing_in_the_spec_is_named(values: dict[str, str], reason: str) -> None:
-    with pytest.raises(RegistryError, match=f"^{reason}"):
-        KubeflowRegistry(RegistrySpec(kind="kubeflow", **values))
+def test_what_is_missing_is_said_by_the_spec_before_anything_is_paid_for(values: dict[str, str], reason: str) -> None:
+    with pytest.raises(ValidationError, match=f"kind 'kubeflow' {reason}"):
+        RegistrySpec(kind="kubeflow", **values)
 
 
 def test_without_its_client_the_extra_is_named(registry: KubeflowRegistry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ There are no aliases: one is a property ``automerge.alias.<alias>`` of the regis
 
 import hashlib
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,24 +48,13 @@ class KubeflowRegistry:
     """Registers merged models in Kubeflow Model Registry.
 
     Args:
-        spec: ``uri`` is the server, ``artifacts`` the folder of the files.
-
-    Raises:
-        RegistryError: one of the two is missing.
+        spec: ``uri`` is the server, ``artifacts`` the folder of the files; of kind ``kubeflow``, a spec has both.
     """
 
     kind = "kubeflow"
 
     def __init__(self, spec: RegistrySpec) -> None:
-        if spec.uri is None or not re.match(r"https?://", spec.uri):
-            raise RegistryError(
-                f"registry.uri: {spec.uri!r} is no address of a Kubeflow Model Registry", "use http(s)://host"
-            )
-        if spec.artifacts is None:
-            raise RegistryError(
-                "registry.artifacts is missing: Kubeflow Model Registry keeps no files",
-                "name a folder for the merged models, e.g. s3://models/merged",
-            )
+        assert spec.uri is not None and spec.artifacts is not None  # noqa: S101 - the spec has checked it
         self.uri, self.artifacts = spec.uri.rstrip("/"), spec.artifacts.rstrip("/")
 
     def find(self, model: str, recipe_digest: str) -> RegisteredVersion | None:

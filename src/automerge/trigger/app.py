@@ -7,7 +7,6 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from automerge.errors import AutoMergeError
 from automerge.trigger import cloudevents, mlflow_webhook
 from automerge.trigger.audit import audit
-from automerge.trigger.config import LocalRunner, TriggerConfig
+from automerge.trigger.config import LocalRunner, Secrets, TriggerConfig
 from automerge.trigger.delivery import Facts, Refusal
 from automerge.trigger.metrics import TriggerMetrics
 from automerge.trigger.page import StatusPage
@@ -82,27 +81,6 @@ _ADMIN: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "The token is not the admin's."},
     403: {"model": Problem, "description": "No admin token is configured."},
 }
-
-
-@dataclass(frozen=True)
-class Secrets:
-    """What the environment holds.
-
-    Attributes:
-        webhook: any of them signs a delivery; none: the doors are closed.
-        admin: the admin's token; empty: there is no admin.
-    """
-
-    webhook: Sequence[str]
-    admin: str
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> "Secrets":
-        """From ``AUTOMERGE_WEBHOOK_SECRET`` (several separated by commas) and ``AUTOMERGE_ADMIN_TOKEN``."""
-        texts = environment.get("AUTOMERGE_WEBHOOK_SECRET", "").split(",")
-        return cls(
-            tuple(text.strip() for text in texts if text.strip()), environment.get("AUTOMERGE_ADMIN_TOKEN", "").strip()
-        )
 
 
 def make_app(

@@ -1,6 +1,10 @@
-"""trigger.yaml: which registries are watched, which models become candidates, and what is run with them."""
+"""trigger.yaml: which registries are watched, which models become candidates, and what is run with them.
 
-from collections.abc import Mapping
+And the secrets, which are never in it but in the environment.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -170,3 +174,23 @@ def _with_template(rule: Any, folder: Path) -> Any:
     path = folder / rule["spec"]
     text = read_text(path, f"correct the spec of rule {rule.get('name')!r}")
     return {**rule, "spec": decode(text, str(path), "spec template", "see docs/trigger.md")}
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What the environment holds.
+
+    Attributes:
+        webhook: any of them signs a delivery; none: the doors are closed.
+        admin: the admin's token; empty: there is no admin.
+    """
+
+    webhook: Sequence[str]
+    admin: str
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Secrets":
+        """From ``AUTOMERGE_WEBHOOK_SECRET`` (several separated by commas) and ``AUTOMERGE_ADMIN_TOKEN``."""
+        texts = environment.get("AUTOMERGE_WEBHOOK_SECRET", "").split(",")
+        webhook = tuple(text.strip() for text in texts if text.strip())
+        return cls(webhook, environment.get("AUTOMERGE_ADMIN_TOKEN", "").strip())

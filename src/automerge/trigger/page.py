@@ -4,18 +4,15 @@ import base64
 import hashlib
 from datetime import UTC, datetime
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from automerge.errors import MissingExtraError
 from automerge.telemetry.logs import redact
-from automerge.trigger.config import KfpRunner, TriggerConfig
+from automerge.trigger.config import KfpRunner, Secrets, TriggerConfig
 from automerge.trigger.metrics import DOORS, TriggerMetrics
 from automerge.trigger.registries import model_page
 from automerge.trigger.runners import Runner
 from automerge.trigger.state import State
-
-if TYPE_CHECKING:
-    from automerge.trigger.app import Secrets
 
 _SHOWN = 50
 _REFUSED = ("bad_signature", "stale", "malformed", "too_large")
@@ -32,7 +29,7 @@ class StatusPage:
     """
 
     def __init__(
-        self, config: TriggerConfig, state: State, runner: Runner, metrics: TriggerMetrics, secrets: "Secrets"
+        self, config: TriggerConfig, state: State, runner: Runner, metrics: TriggerMetrics, secrets: Secrets
     ) -> None:
         try:
             import jinja2

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from automerge.errors import MissingExtraError, TriggerError
-from automerge.trigger.config import LocalRunner, load_config
+from automerge.trigger.config import LocalRunner, Secrets, load_config
 from automerge.trigger.metrics import TriggerMetrics
 from automerge.trigger.reconcile import DecisionLoop
 from automerge.trigger.runners import make_runner
@@ -34,7 +34,7 @@ def serve(path: Path, host: str, port: int) -> None:
     try:
         import uvicorn
 
-        from automerge.trigger.app import Secrets, make_app
+        from automerge.trigger.app import make_app
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("automerge"):
             raise

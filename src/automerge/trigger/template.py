@@ -15,6 +15,7 @@ from automerge.spec import Spec, parse_spec
 from automerge.trigger.candidate import Candidate, set_digest
 from automerge.trigger.config import Rule
 from automerge.trigger.rules import Group
+from automerge.written import with_texts
 
 _PLACEHOLDER = re.compile(r"\$\(([^()]*)\)")
 _FIELDS = ("name", "model", "version", "uri")
@@ -91,22 +92,15 @@ def _spec_name(text: str) -> str:
 
 def _filled(value: Any, values: Mapping[str, str], where: str, path: str) -> Any:
     """The value with all placeholders replaced; what comes from the registry stands inside strings only."""
-    if isinstance(value, dict):
-        return {key: _filled(item, values, where, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_filled(item, values, where, f"{path}.{index}") for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
 
-    def replace(match: re.Match[str]) -> str:
-        key = match.group(1)
+    def placed(key: str, path: str) -> str:
         if key not in values:
             raise SpecError(f"{where}: {path}: there is no $({key}) here", _remedy(key, values))
         if "${" in values[key]:  # the spec's own sign for the environment, which is not the registry's to read
             raise SpecError(f"{where}: {path}: $({key}) holds '${{'", "take it out of the registry")
         return values[key]
 
-    return _PLACEHOLDER.sub(replace, value)
+    return with_texts(value, lambda text, at: _PLACEHOLDER.sub(lambda match: placed(match.group(1), at), text), path)
 
 
 def _remedy(key: str, values: Mapping[str, str]) -> str:
