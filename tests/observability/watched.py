@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from automerge.spec import Spec
+from automerge.spec import PromotionSpec, Spec
 from tests.e2e.tiny import TinyPair, tiny_spec
 from tests.observability.expressions import RULES
 from tests.observability.servers import Prometheus, running_gateway, running_prometheus
@@ -29,7 +29,9 @@ class Watched:
 def watching(pair: TinyPair, folder: Path) -> Iterator[Watched]:
     """All of it, with the environment set so that runs of this process push there and are mirrored."""
     database = make_database(folder / "mlflow.db")
-    spec = tiny_spec(str(pair.folder), f"sqlite:///{database}")
+    plain = tiny_spec(str(pair.folder), f"sqlite:///{database}")
+    registry = plain.registry.model_copy(update={"promote": PromotionSpec()})
+    spec = plain.model_copy(update={"registry": registry})
     rule = {
         "name": "none",
         "registry": "mlflow",
