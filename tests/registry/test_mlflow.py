@@ -131,16 +131,18 @@ def test_weights_that_had_arrived_are_not_sent_again(
     assert (fetched / "weights" / "model.safetensors").read_bytes() == bytes(range(256))
 
 
+class Unlocked(MlflowRegistry):
+    """As on a server, where nothing keeps two processes apart."""
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        yield
+
+
 def test_the_older_version_wins_a_race_between_two_that_do_not_see_each_other(
     database: str, entry: RegistryEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a server, where there is no lock: the other registers between our check and our version."""
-
-    class Unlocked(MlflowRegistry):
-        @contextmanager
-        def _lock(self) -> Iterator[None]:
-            yield
-
+    """The other registers between our check and our version."""
     ours, other = Unlocked(RegistrySpec(uri=database)), Unlocked(RegistrySpec(uri=database))
     original = ours._complete_run
 
@@ -158,6 +160,31 @@ def test_the_older_version_wins_a_race_between_two_that_do_not_see_each_other(
     [version] = ours._client.search_model_versions(f"name = '{entry.model}'")
     [run] = runs_of(ours, entry)  # the loser's is deleted
     assert run.info.run_id == version.run_id
+
+
+@pytest.mark.parametrize("call", ["log_batch", "set_terminated", "create_model_version"])
+def test_a_run_that_is_deleted_by_the_one_it_is_shared_with(
+    call: str, database: str, entry: RegistryEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process completes our run, finds that a third was first, and deletes the run under our hands."""
+    ours, other, third = (Unlocked(RegistrySpec(uri=database)) for _ in range(3))
+    original = getattr(ours._client, call)
+    winner: list[Any] = []
+
+    def be_slow(*arguments: Any, **keywords: Any) -> Any:
+        if not winner:
+            [run] = runs_of(ours, entry)
+            third._client.set_tag(run.info.run_id, "automerge.recipe", "hidden")  # the third makes a run of its own
+            winner.append(third.register(entry))
+            other._client.delete_run(run.info.run_id)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(ours._client, call, be_slow)
+    made = ours.register(entry)
+    assert winner[0].created
+    assert made == winner[0].model_copy(update={"created": False})
+    [version] = ours._client.search_model_versions(f"name = '{entry.model}'")
+    assert str(version.version) == made.version
 
 
 SCRIPT = """

@@ -16,8 +16,8 @@ from automerge.preservation import (
     TaskInfo,
     TaskResult,
 )
-from automerge.registry.promotion import Promotion, promote
-from automerge.registry.registry import RegisteredVersion
+from automerge.registry.promotion import promote
+from automerge.registry.registry import Promotion, RegisteredVersion
 from automerge.spec import PromotionSpec
 
 LOW, HIGH = {"low": 0.9, "high": 0.8}, {"low": 0.95, "high": 0.85}

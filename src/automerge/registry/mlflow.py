@@ -98,23 +98,36 @@ class MlflowRegistry:
             if first:
                 return self._registered(first[0], created=False)
             check_files(entry)
-            self._ensure_model(entry.model)
-            run_id = self._complete_run(entry)
-            made = self._client.create_model_version(
-                entry.model,
-                source=f"{self._client.get_run(run_id).info.artifact_uri}/{_ARTIFACTS}",
-                run_id=run_id,
-                tags=_tags(entry, _LONGEST_VERSION_TAG),
-                description=entry.description or None,
-            )
-            oldest = self._versions(entry.model, entry.recipe_digest)[0]
-            if int(oldest.version) == int(made.version):
-                return self._registered(made, created=True)
-            log.info("another process registered this recipe first, as version %s", oldest.version)
-            self._client.delete_model_version(entry.model, made.version)
-            if oldest.run_id != run_id:
-                self._client.delete_run(run_id)
-            return self._registered(oldest, created=False)
+            mlflow = _import_mlflow("exceptions")
+            try:
+                return self._register_first(entry)
+            except mlflow.MlflowException:
+                # Processes that complete one interrupted run share it, and the first of them to find that it comes too
+                # late deletes it under the others.
+                first = self._versions(entry.model, entry.recipe_digest)
+                if not first:
+                    raise
+                return self._registered(first[0], created=False)
+
+    def _register_first(self, entry: RegistryEntry) -> RegisteredVersion:
+        """Register a recipe that had no version a moment ago."""
+        self._ensure_model(entry.model)
+        run_id = self._complete_run(entry)
+        made = self._client.create_model_version(
+            entry.model,
+            source=f"{self._client.get_run(run_id).info.artifact_uri}/{_ARTIFACTS}",
+            run_id=run_id,
+            tags=_tags(entry, _LONGEST_VERSION_TAG),
+            description=entry.description or None,
+        )
+        oldest = self._versions(entry.model, entry.recipe_digest)[0]
+        if int(oldest.version) == int(made.version):
+            return self._registered(made, created=True)
+        log.info("another process registered this recipe first, as version %s", oldest.version)
+        self._client.delete_model_version(entry.model, made.version)
+        if oldest.run_id != run_id:
+            self._client.delete_run(run_id)
+        return self._registered(oldest, created=False)
 
     def download(self, model: str, version: str, folder: Path) -> Path:
         """Download a version's weights, ONNX files and documents into ``folder``, which must be empty or missing."""

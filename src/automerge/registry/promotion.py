@@ -13,25 +13,10 @@ import json
 import math
 from typing import Literal
 
-from pydantic import Field
-
-from automerge.documents import Model
 from automerge.errors import SpecError
 from automerge.preservation import Evaluation, preservation_rate
-from automerge.registry.registry import RegisteredVersion, Registry
+from automerge.registry.registry import Promotion, RegisteredVersion, Registry
 from automerge.spec import PromotionSpec
-
-
-class Promotion(Model):
-    """What became of the alias."""
-
-    alias: str
-    verdict: Literal["promoted", "kept"] = Field(description="'promoted': the registered version has the alias now.")
-    reason: str
-    previous: str | None = Field(description="The version that had the alias; null if none had it.")
-    rates: dict[str, float] = Field(
-        default_factory=dict, description="By task, percent of what the previous version reaches; above 100 is better."
-    )
 
 
 def promote(

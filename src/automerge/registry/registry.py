@@ -8,7 +8,7 @@ version. Implementations are found by the entry-point group ``automerge.registri
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from pydantic import Field
 
@@ -80,6 +80,18 @@ class RegisteredVersion(Model):
         "the registry's own client reaches them.",
     )
     created: bool = Field(description="False: the recipe had been registered before, and this is its first version.")
+
+
+class Promotion(Model):
+    """What became of the alias that a registered version may take from the one that carries it."""
+
+    alias: str
+    verdict: Literal["promoted", "kept"] = Field(description="'promoted': the registered version has the alias now.")
+    reason: str
+    previous: str | None = Field(description="The version that had the alias; null if none had it.")
+    rates: dict[str, float] = Field(
+        default_factory=dict, description="By task, percent of what the previous version reaches; above 100 is better."
+    )
 
 
 class Registry(Protocol):

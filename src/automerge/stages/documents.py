@@ -10,8 +10,7 @@ from pydantic import Field
 
 from automerge.checkpoint.layout import is_adapter
 from automerge.documents import Document, Model
-from automerge.registry.promotion import Promotion
-from automerge.registry.registry import RegisteredVersion
+from automerge.registry.registry import Promotion, RegisteredVersion
 
 MANIFEST = "manifest.json"
 MERGED = "merged.json"
