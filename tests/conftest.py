@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from automerge.testing.s3_server import S3Server, running_s3
+from tests.telemetry.restored import restored_logs
 
 if TYPE_CHECKING:
     from tests.e2e.tiny import TinyPair
@@ -38,15 +39,22 @@ def s3_env(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return s3
 
 
+@pytest.fixture(autouse=True)
+def no_log_handler_is_left() -> Iterator[None]:
+    """One that a test leaves writes into the tests of others, or into what was closed with its own test."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    left = [handler for handler in root.handlers if handler not in before]
+    root.handlers[:] = before
+    assert not left
+
+
 @pytest.fixture
 def logs_as_before() -> Iterator[None]:
-    """For what runs the command line in this process: it sets up the logs, and the next tests want theirs."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.getLogger("automerge").setLevel(logging.NOTSET)
-    logging.captureWarnings(False)
+    """For what runs the command line in this process."""
+    with restored_logs():
+        yield
 
 
 @pytest.fixture(scope="session")

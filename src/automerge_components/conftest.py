@@ -3,7 +3,7 @@
 Every fixture calls ``component.python_func`` as a pod would, with artifacts that are local folders.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,17 @@ from automerge_components.search_merge import search_merge
 from automerge_components.segment import segment
 from automerge_pipelines.arguments import spec_argument
 from tests.e2e.tiny import prepare, tiny_spec
+from tests.telemetry.restored import restored_logs
 
 Artifacts = dict[str, Any]
 MakeArtifact = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A component sets up the logs of its pod."""
+    with restored_logs():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +59,8 @@ def spec(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def fetched(spec: str, artifact: MakeArtifact) -> Artifacts:
     """What fetch gives to the next components."""
     inputs = artifact()
-    fetch.python_func(spec=spec, inputs=inputs)
+    with restored_logs():
+        fetch.python_func(spec=spec, inputs=inputs)
     return {"inputs": inputs}
 
 
@@ -59,7 +68,8 @@ def fetched(spec: str, artifact: MakeArtifact) -> Artifacts:
 def segmented(spec: str, fetched: Artifacts, artifact: MakeArtifact) -> Artifacts:
     """And segment."""
     segmentation = artifact()
-    segment.python_func(spec=spec, **fetched, segmentation=segmentation)
+    with restored_logs():
+        segment.python_func(spec=spec, **fetched, segmentation=segmentation)
     return {**fetched, "segmentation": segmentation}
 
 
@@ -67,7 +77,8 @@ def segmented(spec: str, fetched: Artifacts, artifact: MakeArtifact) -> Artifact
 def searched(spec: str, segmented: Artifacts, artifact: MakeArtifact) -> Artifacts:
     """And search_merge."""
     outputs = {"search": artifact(), "model": artifact(dsl.Model)}
-    search_merge.python_func(spec=spec, **segmented, **outputs)
+    with restored_logs():
+        search_merge.python_func(spec=spec, **segmented, **outputs)
     return {**segmented, **outputs}
 
 
@@ -75,5 +86,6 @@ def searched(spec: str, segmented: Artifacts, artifact: MakeArtifact) -> Artifac
 def evaluated(spec: str, searched: Artifacts, artifact: MakeArtifact) -> Artifacts:
     """And evaluate: its verdict and its metrics beside the folder."""
     outputs = {"evaluation": artifact(), "report": artifact(dsl.HTML), "metrics": artifact(dsl.Metrics)}
-    verdict = evaluate.python_func(spec=spec, **searched, **outputs)
+    with restored_logs():
+        verdict = evaluate.python_func(spec=spec, **searched, **outputs)
     return {**searched, **outputs, "verdict": verdict}

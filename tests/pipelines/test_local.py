@@ -80,10 +80,11 @@ class TestAsCompiledForACluster:
 
     @pytest.fixture
     def run(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, logs_as_before: None
     ) -> Iterator[Callable[[Spec], str]]:
         """Runs the compiled pipeline and returns what the engine and the tasks printed."""
-        # The engine replaces it for the time of a task, and leaves it replaced where tasks run side by side.
+        # The engine replaces it, and the logs' handlers, for the time of a task; where tasks run side by side it leaves
+        # them replaced.
         monkeypatch.setattr("builtins.print", print)
         pipeline = components.load_component_from_file(str(compile_pipeline(self.SETTINGS, tmp_path / "pipeline.yaml")))
         before = LocalExecutionConfig.instance

@@ -3,7 +3,6 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 import pytest
@@ -14,15 +13,7 @@ log = logging.getLogger("automerge.stages.search")
 SECRET = 'wJalr"XUtnFEMI/K7\\MDENG+é'  # what escaping would change
 
 
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("automerge")
-    handlers, levels = list(root.handlers), (root.level, ours.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("logs_as_before")
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:

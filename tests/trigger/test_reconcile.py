@@ -293,7 +293,7 @@ def test_a_registry_that_is_away_is_asked_again_soon(bench: Bench, config: dict[
     bench.restart()
     assert bench.step() == pytest.approx(5)
     found = bench.state.reconciles()
-    assert "the registry does not answer" in found["away"].message
+    assert "cannot read the candidates: the server does not answer" in found["away"].message
     assert found["mlflow"].succeeded == bench.now
     assert bench.count("automerge_trigger_reconcile_failures_total", registry="away") == 1
     assert bench.count("automerge_trigger_last_reconcile_timestamp_seconds", registry="mlflow") == bench.now
