@@ -14,7 +14,7 @@ import pytest
 from ConfigSpace import CategoricalHyperparameter, Configuration, ConfigurationSpace, Float, Integer
 from smac import HyperparameterOptimizationFacade, Scenario
 from smac.model.random_forest import RandomForest
-from smac.runhistory import TrialValue
+from smac.runhistory import StatusType, TrialValue
 
 from automerge.errors import SearchError
 from automerge.searching.front import pareto_front
@@ -101,10 +101,14 @@ def test_point_by_point_it_is_smac_with_our_maximiser(make: Any, tmp_path: Path)
     )
     ours = make(make_space(PAPER).configuration_space(3), initial=10)
     origins = set()
-    for number, origin, config in drive(ours, 45):
+    for number in range(45):
+        _, origin, config = ours.ask()
         info = smac.ask()
         assert config == dict(info.config), f"point {number}"
-        smac.tell(info, TrialValue(cost=cost_of(config)), save=False)
+        failed = number % 7 == 3
+        ours.tell(number, cost_of(config), failed=failed)
+        status = StatusType.CRASHED if failed else StatusType.SUCCESS
+        smac.tell(info, TrialValue(cost=cost_of(config), status=status), save=False)
         origins.add(origin)
     assert origins == {"sobol", "surrogate", "random"}
 

@@ -41,6 +41,10 @@ POOL = 64
 """Points kept from one generation to the next; those of them that are new are handed to SMAC, which takes the first."""
 
 
+_MOVE = np.dtype([("index", np.intp), ("step", np.int64), ("deviation", np.float64)])
+"""The hyperparameter that is changed; by how many choices, or the standard deviation of the distance."""
+
+
 @dataclass(frozen=True)
 class _Conditional:
     """A hyperparameter that is active only under some choices of another."""
@@ -77,6 +81,15 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
                     f"the space's {hyperparameter.name!r} is of no kind that can be searched", "report it"
                 )
         self._conditionals = [self._conditional(condition) for condition in configspace.conditions]
+        self._moves = np.array([move for index in range(len(hyperparameters)) for move in self._moves_of(index)], _MOVE)
+
+    def _moves_of(self, index: int) -> list[tuple[int, int, float]]:
+        """How a hyperparameter's value becomes a neighbour's: to each other choice, or by a random distance."""
+        if self._choices[index]:
+            return [(index, step, 0.0) for step in range(1, self._choices[index])]
+        # To the next integer, where it is farther than a float would go.
+        least = 1 / (self._integers[index].size - 1) if index in self._integers else 0.0
+        return [(index, 0, max(deviation, least)) for deviation in STEPS for _ in range(NEIGHBOURS)]
 
     def _conditional(self, condition: Condition) -> _Conditional:
         parent = condition.parent if isinstance(condition, EqualsCondition | InCondition) else None
@@ -125,30 +138,20 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 
     def _neighbours(self, starts: Array) -> Array:
         """All points that differ from a start in one active hyperparameter (and what it activates)."""
-        found = []
         # What a changed choice activates needs a value; all are drawn, and the inactive ones dropped again.
         fill = self._random_values(len(starts))
         filled = np.where(np.isnan(starts), fill, starts)
-        for index, choices in enumerate(self._choices):
-            active = ~np.isnan(starts[:, index])
-            if not active.any():
-                continue
-            base = filled[active]
-            if choices:
-                for step in range(1, choices):
-                    changed = base.copy()
-                    changed[:, index] = (changed[:, index] + step) % choices
-                    found.append(changed)
-                continue
-            # To the next integer, where it is farther than a float would go.
-            least = 1 / (self._integers[index].size - 1) if index in self._integers else 0.0
-            for deviation in STEPS:
-                for _ in range(NEIGHBOURS):
-                    changed = base.copy()
-                    move = self._rng.normal(0, max(deviation, least), len(base))
-                    changed[:, index] = np.clip(changed[:, index] + move, 0, 1)
-                    found.append(changed)
-        return self._legal(np.concatenate(found))
+        moves, rows = (each.reshape(-1) for each in np.indices((len(self._moves), len(starts))))
+        active = ~np.isnan(starts[rows, self._moves["index"][moves]])
+        moves, rows = self._moves[moves[active]], rows[active]
+        points = filled[rows]
+        moved = (np.arange(len(rows)), moves["index"])
+        values, choices = points[moved], self._choices[moves["index"]]
+        chosen = choices > 0
+        values[chosen] = (values[chosen] + moves["step"][chosen]) % choices[chosen]
+        values[~chosen] = np.clip(values[~chosen] + self._rng.normal(0, moves["deviation"][~chosen]), 0, 1)
+        points[moved] = values
+        return self._legal(points)
 
     def _random_values(self, count: int) -> Array:
         values: Array = self._rng.random_sample((count, len(self._choices)))

@@ -38,8 +38,10 @@ from smac.main.config_selector import ConfigSelector
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.multi_objective.parego import ParEGO
 from smac.runhistory import StatusType, TrialInfo, TrialValue
+from smac.runhistory.encoder import RunHistoryLogScaledEncoder
 
 from automerge.errors import SearchError
+from automerge.searching.acquisition import LogExpectedImprovement
 from automerge.searching.maximiser import VectorisedMaximiser
 from automerge.searching.surrogate import Forest
 
@@ -95,13 +97,18 @@ class Optimiser:
             scenario,
             initial_design=_WarmDesign(scenario, [config for _, config in self._warm], design),
             model=Forest(space, seed),
+            acquisition_function=LogExpectedImprovement(),
             acquisition_maximizer=VectorisedMaximiser(space, seed),
+            runhistory_encoder=_Encoder(scenario),
             config_selector=_Selector(scenario, retrain_after=1, max_new_config_tries=TRIES),
             intensifier=_OnceEach(scenario),
             multi_objective_algorithm=ParEGO(scenario) if several else None,
             logging_level=False,
             overwrite=True,
         )
+        if not several:
+            # At each cost that is added it looks at all of them for their bounds, which serve several objectives.
+            self._smac.runhistory._update_objective_bounds = lambda: None
 
     def ask(self) -> tuple[int, str, dict[str, Any]]:
         """The next point: its number from 0, its origin, and its values by hyperparameter.
@@ -195,7 +202,6 @@ class _Selector(ConfigSelector):  # type: ignore[misc]
         if (scalarisation := self._runhistory_encoder.multi_objective_algorithm) is not None:
             scalarisation.update_on_iteration_start()
         told, costs = self._runhistory_encoder.transform(budget_subset=[None])
-        costs = costs.reshape(-1, 1)  # where none is told SMAC has a column for each objective
         points = told
         pending = self._runhistory.get_running_trials()
         if pending:
@@ -226,6 +232,24 @@ class _Selector(ConfigSelector):  # type: ignore[misc]
                 config.origin = "Random Search"
                 return config
         raise ConfigurationSpaceExhaustedException
+
+
+class _Encoder(RunHistoryLogScaledEncoder):  # type: ignore[misc]
+    """SMAC's, which looks at one trial at a time, for the sake of budgets and instances that we do not have."""
+
+    def transform(
+        self, budget_subset: list[Any] | None = None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        history = self.runhistory
+        told = [(key.config_id, trial.cost) for key, trial in history.items() if trial.status != StatusType.RUNNING]
+        if self._n_objectives > 1 or not told:
+            points, costs = super().transform(budget_subset)
+            return points, costs.reshape(-1, 1)  # where none is told SMAC has a column for each objective
+        points = np.array([history.get_config(number).get_array() for number, _ in told])
+        costs = np.array([[cost] for _, cost in told])
+        self._percentile = np.percentile(costs, self._scale_percentage, axis=0)
+        self._min_y, self._max_y = np.min(costs, axis=0), np.max(costs, axis=0)
+        return points, self.transform_response_values(costs)
 
 
 class _OnceEach(AbstractIntensifier):  # type: ignore[misc]

@@ -5,14 +5,12 @@ cost in it, since costs are log-transformed. It does so leaf by leaf, and trains
 machinery for parallel jobs, which for trees as small as a search's costs more than the trees themselves.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from ConfigSpace import CategoricalHyperparameter, ConfigurationSpace
-from sklearn import config_context
-from sklearn.tree import DecisionTreeRegressor
+from sklearn.tree._criterion import MSE
+from sklearn.tree._splitter import BestSplitter
+from sklearn.tree._tree import BestFirstTreeBuilder, Tree
 from smac.model.random_forest.random_forest import RandomForest
 
 Array = npt.NDArray[np.float64]
@@ -29,19 +27,12 @@ _PAIRWISE = 8
 
 _LARGEST_SEED = np.iinfo(np.int32).max
 
-_OF_A_TREE = (
-    "criterion",
-    "max_depth",
-    "min_samples_split",
-    "min_samples_leaf",
-    "min_weight_fraction_leaf",
-    "max_features",
-    "max_leaf_nodes",
-    "min_impurity_decrease",
-    "ccp_alpha",
-    "monotonic_cst",
-)
-"""The options of a forest that are those of its trees."""
+SPLIT, LEAF = 2, 1
+"""Fewest samples that are split, and fewest in a leaf: those of SMAC's facade."""
+
+_DEEPEST = 2**20
+_LEAST_DECREASE = 1e-8
+"""Levels a tree may have, and by how much a split must lower the mean squared error: SMAC's."""
 
 
 class Forest(RandomForest):  # type: ignore[misc]
@@ -58,8 +49,8 @@ class Forest(RandomForest):  # type: ignore[misc]
             log_y=True,
             n_trees=TREES,
             ratio_features=1.0,
-            min_samples_split=2,
-            min_samples_leaf=1,
+            min_samples_split=SPLIT,
+            min_samples_leaf=LEAF,
             max_leaf_nodes=MAX_LEAVES,
             n_jobs=1,
             seed=seed,
@@ -72,7 +63,7 @@ class Forest(RandomForest):  # type: ignore[misc]
         return np.where(np.isfinite(X), X, self._inactive)
 
     def _train(self, X: Array, y: Array) -> "Forest":  # noqa: N803
-        self._rf = _grown(self._impute_inactive(X), y.flatten(), self._rf_opts)
+        self._rf = _grown(self._impute_inactive(X), y.flatten(), self._rf_opts["random_state"])
         return self
 
     def _predict(self, X: Array, covariance_type: str | None = "diagonal") -> tuple[Array, Array]:  # noqa: N803
@@ -83,33 +74,40 @@ class Forest(RandomForest):  # type: ignore[misc]
         return values.mean(axis=1), values.var(axis=1)
 
 
-def _grown(points: Array, costs: Array, options: Mapping[str, Any]) -> list[Any]:
+def _grown(points: Array, costs: Array, seed: int) -> list[Tree]:
     """The trees of scikit-learn's forest on log-transformed costs, whose leaves hold means of the costs themselves.
 
-    A forest of scikit-learn copies, checks and schedules its trees anew for each training, which takes longer than to
-    grow them. So they are grown one by one, from the seeds and samples that a forest of 1.9 draws.
+    A forest of scikit-learn copies, checks and schedules its trees anew for each training, and each tree its arguments,
+    which takes several times as long as to grow them. So they are grown by what scikit-learn grows them with, from the
+    seeds and samples that a forest of 1.9 draws.
 
     Args:
         points: float64 [n, hyperparameters].
         costs: float64 [n], their logarithms.
-        options: of SMAC's forest.
+        seed: of the forest.
     """
     inputs, targets = points.astype(np.float32), costs[:, None].copy()
     plain = np.exp(costs)
-    seeds = np.random.RandomState(options["random_state"])
+    count, features = inputs.shape
+    one_output = np.ones(1, dtype=np.intp)
+    # To make a generator costs a hundred times what it costs to set its seed.
+    generator = np.random.RandomState(seed)
     trees = []
-    with config_context(skip_parameter_validation=True, assume_finite=True):
-        for _ in range(TREES):
-            seed = seeds.randint(_LARGEST_SEED)
-            samples = np.random.RandomState(seed).randint(0, len(inputs), len(inputs))
-            grown = DecisionTreeRegressor(**{key: options[key] for key in _OF_A_TREE}, random_state=seed)
-            grown.fit(inputs, targets, np.bincount(samples, minlength=len(inputs)), check_input=False)
-            _fill(grown.tree_, grown.tree_.apply(inputs)[samples], plain[samples])
-            trees.append(grown.tree_)
+    for seed_of_tree in [generator.randint(_LARGEST_SEED) for _ in range(TREES)]:
+        generator.seed(seed_of_tree)
+        samples = generator.randint(0, count, count)
+        generator.seed(seed_of_tree)
+        tree = Tree(features, one_output, 1)
+        splitter = BestSplitter(MSE(1, count), features, LEAF, 0.0, generator, None)
+        BestFirstTreeBuilder(splitter, SPLIT, LEAF, 0.0, _DEEPEST, MAX_LEAVES, _LEAST_DECREASE).build(
+            tree, inputs, targets, np.bincount(samples, minlength=count).astype(np.float64), None
+        )
+        _fill(tree, tree.apply(inputs)[samples], plain[samples])
+        trees.append(tree)
     return trees
 
 
-def _fill(tree: Any, leaves: npt.NDArray[np.intp], costs: Array) -> None:
+def _fill(tree: Tree, leaves: npt.NDArray[np.intp], costs: Array) -> None:
     """Give each leaf the logarithm of the mean of its samples' costs; ``leaves`` and ``costs`` are by sample."""
     counts = np.bincount(leaves)
     (used,) = np.nonzero(counts)
