@@ -10,6 +10,8 @@ as its choice's index, and an inactive conditional as NaN.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,18 @@ class _Conditional:
     child: int
     parent: int
     choices: npt.NDArray[np.bool_]
+
+
+class _Proposal(Configuration):  # type: ignore[misc]
+    """Makes its hash once, which is that of a text of all values, and which SMAC asks for ten times."""
+
+    @cached_property
+    def _hash(self) -> int:
+        value: int = super().__hash__()
+        return value
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
@@ -122,7 +136,7 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
         kept = new if new.any() else ~new
         found = []
         for point, value in zip(points[kept], values[kept], strict=True):
-            config = Configuration(self._configspace, vector=point)
+            config = _Proposal(self._configspace, vector=point)
             config.origin = "Acquisition Function Maximizer: Vectorised Search"
             found.append((float(value), config))
         return found
@@ -174,18 +188,18 @@ class VectorisedMaximiser(AbstractAcquisitionMaximizer):  # type: ignore[misc]
 def _best(points: Array, values: Array, count: int) -> tuple[Array, Array]:
     """The points of highest value without repetitions, best first; of equals, the earliest."""
     order = np.argsort(-values, kind="stable")
-    kept: dict[bytes, int] = {}
     # Few are repeated, so that the first ones almost always are enough.
-    for part in np.split(order, range(2 * count, len(order), 2 * count)):
-        for key, index in zip(_keys(points[part]), part, strict=True):
-            if len(kept) < count:
-                kept.setdefault(key, index)
-        if len(kept) == count:
+    for enough in (2 * count, len(order)):
+        first: dict[bytes, int] = {}
+        for key, index in zip(_keys(points[order[:enough]]), order[:enough].tolist(), strict=True):
+            first.setdefault(key, index)
+        if len(first) >= count:
             break
-    indices = list(kept.values())
+    indices = list(first.values())[:count]
     return points[indices], values[indices]
 
 
 def _keys(points: Array) -> list[bytes]:
     """What equal points have in common."""
-    return [point.tobytes() for point in np.where(np.isnan(points), -1.0, points)]
+    rows = np.where(np.isnan(points), -1.0, points)
+    return cast(list[bytes], rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel().tolist())

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from ConfigSpace import Configuration, ConfigurationSpace
 from smac import HyperparameterOptimizationFacade, Scenario
+from smac.acquisition.maximizer.helpers import ChallengerList
 from smac.initial_design import AbstractInitialDesign
 from smac.intensifier.abstract_intensifier import AbstractIntensifier
 from smac.main.config_selector import ConfigSelector
@@ -192,15 +193,14 @@ class _Selector(ConfigSelector):  # type: ignore[misc]
                 known.add(config)
                 yield config
         while True:
-            self._retrain()
+            if (scalarisation := self._runhistory_encoder.multi_objective_algorithm) is not None:
+                scalarisation.update_on_iteration_start()
             config = self._next(known)
             known.add(config)
             yield config
 
     def _retrain(self) -> None:
         """Train the surrogate on the costs that were told and on the lies."""
-        if (scalarisation := self._runhistory_encoder.multi_objective_algorithm) is not None:
-            scalarisation.update_on_iteration_start()
         told, costs = self._runhistory_encoder.transform(budget_subset=[None])
         points = told
         pending = self._runhistory.get_running_trials()
@@ -220,9 +220,15 @@ class _Selector(ConfigSelector):  # type: ignore[misc]
 
     def _next(self, known: set[Configuration]) -> Configuration:
         """The first of the proposals that is new; some proposals are random ones."""
-        proposals = self._acquisition_maximizer.maximize(
-            self._runhistory.get_configs(), random_design=self._random_design
-        )
+        maximiser = self._acquisition_maximizer
+
+        def by_surrogate() -> list[Configuration]:
+            self._retrain()
+            return list(maximiser.maximize(self._runhistory.get_configs(), random_design=None))
+
+        # SMAC trains before each proposal, also before the random ones, which ask no surrogate.
+        proposals = ChallengerList(maximiser._configspace, by_surrogate, self._random_design)
+        self._random_design.next_iteration()
         for config in islice(proposals, TRIES):
             if config not in known:
                 return config
@@ -241,7 +247,9 @@ class _Encoder(RunHistoryLogScaledEncoder):  # type: ignore[misc]
         self, budget_subset: list[Any] | None = None
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         history = self.runhistory
-        told = [(key.config_id, trial.cost) for key, trial in history.items() if trial.status != StatusType.RUNNING]
+        # Not by items(), which looks each of them up.
+        trials = history._data.items()
+        told = [(key.config_id, trial.cost) for key, trial in trials if trial.status != StatusType.RUNNING]
         if self._n_objectives > 1 or not told:
             points, costs = super().transform(budget_subset)
             return points, costs.reshape(-1, 1)  # where none is told SMAC has a column for each objective
