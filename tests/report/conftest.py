@@ -17,6 +17,7 @@ from automerge.preservation import (
     TaskInfo,
     TaskResult,
 )
+from automerge.searching.store import Cut
 from automerge.searching.trial import Trial
 from automerge.segmenting.segmentation import Block, Segmentation
 from automerge.spec import Spec
@@ -35,6 +36,7 @@ class Run:
     segmentation: Segmentation
     recipe: Recipe
     trials: list[Trial]
+    cuts: list[Cut]
     evaluation: Evaluation
     manifest: Manifest
 
@@ -218,4 +220,5 @@ def run() -> Run:
             ("high/test", "test", "s3://data/digits/high/test.npz", 92_964),
         )
     ]  # fmt: skip
-    return Run(spec, segmentation, recipe, make_trials(), evaluation, Manifest(spec=spec.digest(), inputs=inputs))
+    manifest = Manifest(spec=spec.digest(), inputs=inputs)
+    return Run(spec, segmentation, recipe, make_trials(), [], evaluation, manifest)

@@ -11,6 +11,7 @@ import pytest
 from automerge.errors import MissingExtraError
 from automerge.preservation import GateVerdict, OnnxResult
 from automerge.report.report import duration, metric, number, percent, size, write_report
+from automerge.searching.store import Cut
 from automerge.spec import GateSpec
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -255,6 +256,7 @@ def phases(run) -> list[Any]:
         changes: dict[str, Any] = {"samples": 0 if trial.status == "cached" else 400}
         if trial.number >= 50:
             changes["phase"] = "split-1" if trial.number < 58 else "refine"
+            changes["tuned"] = 1234 if trial.number >= 58 else 0
         if trial.number in (21, 22, 23):
             changes |= {"status": "stopped", "samples": 100, "fidelity": 0.25}
         if trial.objective is not None:
@@ -271,11 +273,29 @@ def test_the_search_tells_its_phases_and_what_it_spent(run, render) -> None:
     assert "Stopped early 3, which saved 3.9 % of the samples" in text
     assert "Objective against what is kept rank correlation 1.00 with the mean, 1.00 with the worst" in text
     assert "The last 2 trials were found by moving the recipe's weights along the gradient of the objective." in text
-    assert "no parameter of a model was trained" in text
+    assert "Only these 1,234 scalars were tuned; no parameter of a model was trained" in text
     assert "Note: the objective ranked" not in text
     plain = Page(render()).text
     for word in ("By phase", "Stopped early", "Objective against", "gradient"):
         assert word not in plain
+
+
+def test_the_blocks_importance_is_told_before_each_cut(run, render) -> None:
+    """The largest first; of many, the most important ones and those that were cut."""
+    few = {"0-convolutional": 0.125, "1-sequence": 0.75, "2-vector": 0.125}
+    many = {f"1-sequence/{i}": 0.0 for i in range(30)} | {"0-convolutional": 0.9, "1-sequence/29": 0.004}
+    cuts = [
+        Cut(phase="split-1", blocks=["1-sequence"], importance=few, measure="surrogate"),
+        Cut(phase="split-2", blocks=["0-convolutional", "1-sequence/20"], importance=many, measure="gradient"),
+    ]
+    text = Page(render(trials=phases(run), cuts=cuts)).text.replace("\xa0", " ")
+    one, two = text.split("Which blocks mattered")[1].split("Importance is a block's part")[0].split("Before split-2")
+    assert "Before split-1 1-sequence 75.0 % yes 0-convolutional 12.5 % no 2-vector 12.5 % no" in one
+    assert two.split()[:7] == ["0-convolutional", "90.0", "%", "yes", "1-sequence/29", "0.4", "%"]
+    assert "1-sequence/20 0.0 % yes 22 more less no" in two
+    assert "of what all blocks explain of the differences between the trials' costs." in text
+    assert "of what its layers would gain, at first, by weights of their own." in text
+    assert "Which blocks mattered" not in Page(render(trials=phases(run))).text
 
 
 def test_an_objective_that_misled_is_warned_of(run, render) -> None:

@@ -58,6 +58,11 @@ class TrialLike(Protocol):
         ...
 
     @property
+    def tuned(self) -> int:
+        """Scalars of the recipe that a refinement tuned."""
+        ...
+
+    @property
     def fidelity(self) -> float:
         """The share of the validation data that it was measured on."""
         ...

@@ -23,6 +23,15 @@ NBSP = "\u00a0"
 MINUS = "\u2212"
 DASH = "\u2013"
 
+IMPORTANCE = {
+    "surrogate": "is a block's part of what all blocks explain of the differences between the trials' costs",
+    "gradient": "is a block's part of what its layers would gain, at first, by weights of their own",
+}
+"""What a cut's measure measures."""
+
+IMPORTANT = 8
+"""Blocks whose importance is shown: the most important ones, and those that were cut."""
+
 
 class FileLike(Protocol):
     """One file of an input."""
@@ -71,6 +80,30 @@ class ManifestLike(Protocol):
         ...
 
 
+class CutLike(Protocol):
+    """What the report needs of a cut of blocks; :class:`automerge.searching.store.Cut` has it."""
+
+    @property
+    def phase(self) -> str:
+        """The phase that begins with it."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Those that were cut into their layers."""
+        ...
+
+    @property
+    def importance(self) -> Mapping[str, float]:
+        """Each block's part of the importance of all."""
+        ...
+
+    @property
+    def measure(self) -> str | None:
+        """'surrogate', 'gradient', or None where it is not known."""
+        ...
+
+
 def write_report(
     path: Path,
     *,
@@ -78,6 +111,7 @@ def write_report(
     segmentation: Segmentation,
     recipe: Recipe,
     trials: Sequence[TrialLike],
+    cuts: Sequence[CutLike],
     evaluation: Evaluation,
     manifest: ManifestLike,
 ) -> Path:
@@ -89,6 +123,7 @@ def write_report(
         segmentation: the blocks.
         recipe: the merge that was chosen.
         trials: the search's trials in their order; none if the recipe was given.
+        cuts: the blocks that the search cut, in the order of the phases; none if it cut none.
         evaluation: what the merged model and its rivals score on test data.
         manifest: the inputs and their digests.
 
@@ -127,6 +162,8 @@ def write_report(
         rates=_rates(spec, evaluation),
         rival=_rival(evaluation),
         search=_search(trials),
+        cuts=[_cut(cut) for cut in cuts],
+        importance=IMPORTANCE,
         blocks=_blocks(segmentation, recipe),
         notes=_notes(recipe),
         private={name: list(tensors) for name, tensors in recipe.private.items() if tensors},
@@ -260,6 +297,7 @@ def _search(trials: Sequence[TrialLike]) -> dict[str, Any] | None:
         "saved": _saved(trials),
         "phases": _phases(trials),
         "refined": sum(trial.phase == "refine" for trial in trials),
+        "tuned": max(trial.tuned for trial in trials),
         "alignment": alignment(trials),
         "seconds": duration(sum(trial.seconds + trial.optimiser_seconds for trial in trials)),
         "optimiser_seconds": duration(sum(trial.optimiser_seconds for trial in trials)),
@@ -267,6 +305,17 @@ def _search(trials: Sequence[TrialLike]) -> dict[str, Any] | None:
         "convergence": convergence_plot(trials),
         "preservation": preservation_plot(trials) if best is not None and len(best.cp) > 1 else "",
     }
+
+
+def _cut(cut: CutLike) -> dict[str, Any]:
+    """The blocks by importance, the largest first, and how many are not shown."""
+    ranked = sorted(cut.importance.items(), key=lambda item: -item[1])
+    shown = [
+        {"name": name, "share": 100.0 * value, "is_cut": name in cut.blocks}
+        for index, (name, value) in enumerate(ranked)
+        if index < IMPORTANT or name in cut.blocks
+    ]
+    return {"phase": cut.phase, "measure": cut.measure, "blocks": shown, "hidden": len(ranked) - len(shown)}
 
 
 def _phases(trials: Sequence[TrialLike]) -> str:

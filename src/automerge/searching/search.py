@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -408,9 +408,9 @@ class _Loop:
         if cut is None:
             if self._is_over(phase) or self._exhausted(phase):
                 return False
-            importance = self._importance(layers)
+            measure, importance = self._importance(layers)
             chosen = most_important(importance, previous.separable(), layers, self.spec.split.blocks)
-            cut = Cut(phase=phase, blocks=chosen, importance=importance)
+            cut = Cut(phase=phase, blocks=chosen, importance=importance, measure=measure)
             self.store.append(cut)
         if not cut.blocks:
             log.info("no block can be cut further")
@@ -428,16 +428,19 @@ class _Loop:
         self._bayesian(phase, self.space, self.spec.split.trials, warm, initial=1)
         return True
 
-    def _importance(self, layers: Segmentation) -> dict[str, float]:
+    def _importance(self, layers: Segmentation) -> tuple[Literal["surrogate", "gradient"], dict[str, float]]:
+        """What measured it, and each block's."""
         assert self.spec.split is not None and self.best is not None  # noqa: S101 - the caller has checked it
         if self.spec.split.importance == "gradient" and self.plan.gradients is not None:
             try:
                 gradients = self.plan.gradients(self._blocks(self.best))
-                return gradient_importance(gradients, self.space.blocks, layers, simplex=self.space.mode == "simplex")
+                simplex = self.space.mode == "simplex"
+                return "gradient", gradient_importance(gradients, self.space.blocks, layers, simplex=simplex)
             except AutoMergeError as error:
                 log.warning("the importance of blocks is measured by the surrogate instead: %s", error.problem)
         known = [trial for trial in self.trials if trial.status != "failed" and self.spaces[trial.phase] is self.space]
-        return surrogate_importance([trial.config for trial in known], [trial.cost for trial in known], self.space)
+        configs, costs = [trial.config for trial in known], [trial.cost for trial in known]
+        return "surrogate", surrogate_importance(configs, costs, self.space)
 
     # Refinement
 
@@ -481,6 +484,7 @@ class _Loop:
             update={
                 "blocks": found.blocks,
                 "samples": trial.samples + found.samples,
+                "tuned": found.scalars,
                 "seconds": time.perf_counter() - began,
             }
         )
@@ -522,6 +526,7 @@ class _Loop:
                 "origin": ask.origin,
                 "config": ask.config,
                 "blocks": None,
+                "tuned": 0,
                 "status": "cached" if same.is_candidate else same.status,
                 "samples": 0,
                 "seconds": 0.0,

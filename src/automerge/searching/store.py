@@ -114,6 +114,9 @@ class Cut(Model):
     phase: str
     blocks: list[str]
     importance: dict[str, float] = Field(description="Of every block that was there.")
+    measure: Literal["surrogate", "gradient"] | None = Field(
+        default=None, description="What measured the importance; null in logs of earlier releases."
+    )
 
 
 Event = Ask | Tell | Cut
@@ -221,6 +224,16 @@ def read_trials(path: Path) -> list[Trial]:
     """
     _, events, _ = read_log(path)
     return sorted((event.trial for event in events if isinstance(event, Tell)), key=lambda trial: trial.number)
+
+
+def read_cuts(path: Path) -> list[Cut]:
+    """Which blocks were cut, and how important all were, in the order of the phases.
+
+    Raises:
+        SearchError: there is no log, or it is damaged.
+    """
+    _, events, _ = read_log(path)
+    return [event for event in events if isinstance(event, Cut)]
 
 
 def read_log(path: Path) -> tuple[Header, list[Event], int]:

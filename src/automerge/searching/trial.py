@@ -35,6 +35,7 @@ class Trial(Model):
     )
     samples: int = Field(default=0, description="Forward passes of single samples that it took.")
     fidelity: float = Field(default=1.0, description="The share of the validation data that it was measured on.")
+    tuned: int = Field(default=0, description="Scalars of the recipe that a refinement tuned; 0 in other phases.")
     seconds: float = Field(description="Wall time of merging and evaluating.")
     optimiser_seconds: float = Field(description="Wall time the optimiser took to propose the point.")
     error: str | None = Field(default=None, description="Why the trial failed.")

@@ -35,7 +35,7 @@ from automerge.preservation import (
 from automerge.report.alignment import alignment
 from automerge.report.report import write_report
 from automerge.searching.evaluator import MeasuredTask
-from automerge.searching.store import read_trials
+from automerge.searching.store import read_cuts, read_trials
 from automerge.searching.trial import Trial
 from automerge.segmenting.segmentation import Block, Segmentation
 from automerge.spec import PAPER_TECHNIQUES, Spec
@@ -144,6 +144,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
             segmentation=blocks,
             recipe=recipe,
             trials=trials,
+            cuts=read_cuts(search / TRIALS),
             evaluation=evaluation,
             manifest=opened.manifest,
         )
