@@ -6,8 +6,9 @@ about one point in five at random, which the paper leaves open; we keep SMAC's s
 
 We differ from SMAC's defaults in what the paper does not fix. The acquisition function is maximised on arrays
 (:mod:`automerge.searching.maximiser`), which also frees a search from the order of a set that makes SMAC's own diverge
-between processes. The forest is SMAC's, at less cost (:mod:`automerge.searching.surrogate`). SMAC's races between
-configurations, for which costs that are measured once have no use, are left out.
+between processes. Forest and acquisition function are SMAC's, at less cost (:mod:`automerge.searching.surrogate`,
+:mod:`automerge.searching.acquisition`). SMAC's races between configurations, for which costs that are measured once
+have no use, are left out.
 
 **Several points at once.** A point that was asked for and not yet told is pending. The surrogate is told a lie about
 it, the same for all: the *constant liar* of Ginsbourger, Le Riche and Carraro (Kriging is well-suited to parallelize
