@@ -29,11 +29,13 @@ PATIENCE = 60.0
 
 
 def is_alive(pid: int) -> bool:
+    """Also while threads of a process whose first thread is a zombie hold its files open."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
     except FileNotFoundError:
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    return stat.rpartition(")")[2].split()[0] != "Z" or threads > 1
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
