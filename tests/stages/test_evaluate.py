@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from automerge.errors import SpecError, TaskError
+from automerge.errors import SearchError, SpecError, TaskError
 from automerge.merging.recipe import Recipe
 from automerge.models import onnx
 from automerge.preservation import Evaluation
@@ -228,6 +228,17 @@ def test_weights_that_were_changed_or_merged_by_another_recipe_are_refused(spec:
     with pytest.raises(SpecError, match="the merged weights were changed since they were written"):
         measured(spec, finished)
     assert not (finished / "again" / "evaluation.json").exists()
+
+
+def test_a_damaged_log_is_found_before_anything_is_measured(
+    spec: Spec, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = finished / "search" / "trials.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"event":"tell"', b'"event":"tall"', 1))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="automerge"), pytest.raises(SearchError, match=r"line \d+ is damaged"):
+        measured(spec, finished)
+    assert "measuring" not in caplog.text
 
 
 def test_heads_with_different_numbers_of_classes(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
         SpecError: a document is missing, the merged model was not made by this recipe, or the recipe is not of these
             inputs, this segmentation and this granularity.
         TaskError: test data are unusable, or a loss of the merged model or of a task's reference is not finite.
+        SearchError: the search's log is missing or damaged.
         MergeError: the statistics file beside the recipe is missing, or is another one than the recipe's.
     """
     with observe_stage("evaluate", pipeline=spec.name, family=spec.model.target, folder=folder) as metrics:
@@ -76,6 +77,8 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
         recipe = Recipe.read(search / RECIPE)
         _check_inputs(recipe, opened.manifest, search / RECIPE)
         _check_origin(recipe, Merged.read(model / MERGED), model)
+        # Only the report needs them, but a damaged log shall not be found when all has been measured.
+        trials, cuts = read_trials(search / TRIALS), read_cuts(search / TRIALS)
         loaded = Loaded.load(opened, device)
         _check_tensors(recipe, mergeable_blocks(blocks, loaded.private), search / RECIPE)
         validation, test = loaded.measured("validation"), loaded.measured("test")
@@ -119,7 +122,6 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
             resamples=spec.evaluation.resamples,
             seed=spec.evaluation.seed,
         )
-        trials = read_trials(search / TRIALS)
         onnx = _export(loaded, merged, validation, folder) if spec.evaluation.onnx else OnnxResult(status="off")
         evaluation = Evaluation(
             recipe=recipe.digest(),
@@ -144,7 +146,7 @@ def evaluate(spec: Spec, inputs: Path, segmentation: Path, search: Path, model: 
             segmentation=blocks,
             recipe=recipe,
             trials=trials,
-            cuts=read_cuts(search / TRIALS),
+            cuts=cuts,
             evaluation=evaluation,
             manifest=opened.manifest,
         )
