@@ -241,10 +241,12 @@ def _searched(bench: Bench, way: str) -> Row:
     setting = bench.setting
     folder = setting.at(way)
     spec = changed(setting.spec, {**SEARCHES[way], "seed": setting.seed})
-    if not (folder / RECIPE).exists():
+    if not (folder / "seconds").exists():
         shutil.rmtree(folder, ignore_errors=True)
         started, processor = time.perf_counter(), time.process_time()
-        search(spec, setting.inputs, setting.blocks, folder)
+        result = search(spec, setting.inputs, setting.blocks, folder)
+        if result.stopped == "interrupted":  # its recipe is the best so far, and not what the preset finds
+            raise KeyboardInterrupt
         (folder / "seconds").write_text(f"{time.perf_counter() - started} {time.process_time() - processor}")
     seconds, processor = map(float, (folder / "seconds").read_text().split())
     trials = read_trials(folder / TRIALS)
