@@ -1,6 +1,9 @@
 """What tests of several packages share."""
 
+import inspect
 import logging
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -48,6 +51,22 @@ def no_log_handler_is_left() -> Iterator[None]:
     left = [handler for handler in root.handlers if handler not in before]
     root.handlers[:] = before
     assert not left
+
+
+@pytest.fixture(autouse=True, scope="session")
+def stacks_without_source() -> Iterator[None]:
+    """kfp's setters ask for the whole stack and use one name of it. To find the source of every frame takes, in a
+    process with as many modules as that of the tests, seconds of each pipeline that is compiled."""
+
+    def stack(context: int = 1) -> list[inspect.FrameInfo]:
+        return [
+            inspect.FrameInfo(frame, frame.f_code.co_filename, line, frame.f_code.co_name, None, None)
+            for frame, line in traceback.walk_stack(sys._getframe(1))
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "stack", stack)
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from automerge.testing.s3_server import S3Server
 from tests.e2e.tiny import TinyPair, tiny_spec
+from tests.faults.command_line import automerge
 
-AUTOMERGE = Path(sys.executable).with_name("automerge")
 FETCHED = ["fetch/manifest.json"]
 SEGMENTED = [*FETCHED, "segment/segmentation.json"]
 
@@ -49,15 +48,7 @@ class Project:
 
     def call(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
-        return subprocess.run(
-            [AUTOMERGE, "--log-level", "ERROR", *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        return automerge("--log-level", "ERROR", *arguments, folder=self.folder, environment=environment)
 
     def left(self) -> list[str]:
         """What the run's folder holds, beside fetched files and metrics."""
