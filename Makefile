@@ -35,13 +35,15 @@ demo: $(STAMP) ## Merge two real digit classifiers, from S3 to the registry, and
 	@$(BIN)/python examples/digits/demo.py
 
 test: $(STAMP) ## Run the tests (no root, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not system and not mergekit and not gpu'
+	@# More workers than cores: some wait for servers and for processes that they have started.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 -m 'not system and not mergekit and not gpu'
 
 system-packages: ## Install the Debian packages that test-system needs
 	bash tests/system/install.sh
 
 test-system: $(STAMP) system-packages ## Run the tests that need root and Debian packages, which are installed first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
+	@# The tests of one xdist_group share a worker: those of the images share an engine.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m system
 
 $(MERGEKIT_STAMP): $(MERGEKIT_PINS)
 	@test -x $(MERGEKIT_VENV)/bin/python || $(PYTHON) -m venv $(MERGEKIT_VENV)
