@@ -466,7 +466,9 @@ def stage_folder(finished: Finished, task: str, stage: str) -> Path:
 def test_the_steps_lead_to_a_registered_model(variant: str, cluster: Cluster, tmp_path: Path) -> None:
     (document,) = compiled(VARIANTS[variant], tmp_path)
     log: list[list[str]] = []
-    finished = cluster.run(document, subprocess_runner(tmp_path / "steps", log=log), gate={"min_worst_pr": 80.0})
+    finished = cluster.run(
+        document, subprocess_runner(tmp_path / "steps", log=log), gate={"min_worst_pr": 50.0}, **QUICK
+    )
     assert finished.status == "Succeeded"
     inputs = [f"fetch-input({number})" for number in range(7)]
     around = ["resolve", *inputs, "fetch-input"] if variant == "workspace" else []
@@ -510,17 +512,16 @@ def test_a_model_that_the_gate_refuses_ends_well_and_is_not_registered(cluster: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "stage"), [("segment", "fetch"), ("evaluate", "search")])
-def test_an_artifact_that_is_not_declared_is_missed(task: str, stage: str, cluster: Cluster, tmp_path: Path) -> None:
+def test_an_artifact_that_is_not_declared_is_missed(cluster: Cluster, tmp_path: Path) -> None:
     (document,) = compiled(VARIANTS["default"], tmp_path)
     broken = copy.deepcopy(document)
-    inputs = template_of(broken, task)["inputs"]
-    inputs["artifacts"] = [artifact for artifact in inputs["artifacts"] if artifact["name"] != stage]
+    inputs = template_of(broken, "segment")["inputs"]
+    inputs["artifacts"] = [artifact for artifact in inputs["artifacts"] if artifact["name"] != "fetch"]
     finished = cluster.run(broken, **QUICK)
     assert finished.status == "Failed"
-    assert finished.phases[task] == "Failed"
-    retries = template_of(document, task)["retryStrategy"]["limit"]
-    assert finished.attempts[task] == int(retries) + 1
+    assert finished.phases["segment"] == "Failed"
+    retries = template_of(document, "segment")["retryStrategy"]["limit"]
+    assert finished.attempts["segment"] == int(retries) + 1
     assert finished.phases["report-status"] == "Succeeded"
 
 
