@@ -5,6 +5,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -74,6 +75,14 @@ def logs_as_before() -> Iterator[None]:
     """For what runs the command line in this process."""
     with restored_logs():
         yield
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without models, to be copied."""
+    from tests.trigger.registry import make_database
+
+    return make_database(tmp_path_factory.mktemp("mlflow") / "template.db")
 
 
 @pytest.fixture(scope="session")

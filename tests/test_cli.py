@@ -18,6 +18,7 @@ from automerge.errors import MissingExtraError
 from automerge.merging.recipe import Recipe
 from automerge.spec import json_schema, load_spec
 from tests.e2e.tiny import TinyPair, tiny_spec
+from tests.trigger.registry import copy_database
 
 AUTOMERGE = Path(sys.executable).with_name("automerge")
 HEAVY = (
@@ -70,12 +71,12 @@ def automerge(
 
 
 @pytest.fixture
-def spec(pair: TinyPair, tmp_path: Path) -> Path:
+def spec(pair: TinyPair, empty_database: Path, tmp_path: Path) -> Path:
     """A short job on the tiny pair, as a file."""
     path = tmp_path / "spec.json"
     spec = tiny_spec(
         str(pair.folder),
-        f"sqlite:///{tmp_path / 'mlflow.db'}",
+        f"sqlite:///{copy_database(empty_database, tmp_path)}",
         search={"trials": 3, "initial": 2, "split": None, "refine": None},
         evaluation={"resamples": 100, "onnx": False, "baselines": False},
     )

@@ -1,6 +1,8 @@
 """Plug-ins by entry point: techniques, tasks, models and registries, ours and third parties' alike."""
 
 import difflib
+import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ Group = Literal["techniques", "tasks", "models", "registries"]
 
 def plugin_names(group: Group) -> list[str]:
     """The sorted names registered in one group."""
-    return sorted(entry.name for entry in entry_points(group=f"automerge.{group}"))
+    return sorted(_entries(group, tuple(sys.path)))
 
 
 def load_plugin(group: Group, name: str, where: str = "") -> Any:
@@ -25,7 +27,7 @@ def load_plugin(group: Group, name: str, where: str = "") -> Any:
     Raises:
         PluginError: the name is unknown (the nearest valid name is given), or its module cannot be imported.
     """
-    found: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"automerge.{group}")}
+    found = _entries(group, tuple(sys.path))
     prefix = f"{where}: " if where else ""
     if name not in found:
         raise PluginError(f"{prefix}unknown {_SINGULAR[group]} {name!r}", nearest(name, sorted(found)))
@@ -35,6 +37,12 @@ def load_plugin(group: Group, name: str, where: str = "") -> Any:
         raise PluginError(
             f"{prefix}{_SINGULAR[group]} {name!r} cannot be imported: {error}", "install what it needs"
         ) from error
+
+
+@cache
+def _entries(group: Group, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """By name. They are read out of every distribution that is installed, so once for a search path."""
+    return {entry.name: entry for entry in entry_points(group=f"automerge.{group}")}
 
 
 def nearest(name: str, valid: list[str]) -> str:

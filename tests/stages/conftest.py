@@ -8,15 +8,16 @@ import pytest
 from automerge.spec import Spec
 from automerge.stages.run import run
 from tests.e2e.tiny import TinyPair, tiny_spec
+from tests.trigger.registry import copy_database
 
 SEARCH = {"trials": 5, "initial": 2, "split": None, "refine": None}
 SHORT = {"search": SEARCH, "evaluation": {"resamples": 100, "onnx": False}}
 
 
 @pytest.fixture
-def spec(pair: TinyPair, tmp_path: Path) -> Spec:
+def spec(pair: TinyPair, empty_database: Path, tmp_path: Path) -> Spec:
     """A short job on the tiny pair, with a registry of its own; it searches by Bayesian optimisation alone."""
-    return tiny_spec(str(pair.folder), f"sqlite:///{tmp_path / 'mlflow.db'}", **SHORT)
+    return tiny_spec(str(pair.folder), f"sqlite:///{copy_database(empty_database, tmp_path)}", **SHORT)
 
 
 @pytest.fixture(scope="session")

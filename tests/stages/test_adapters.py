@@ -92,6 +92,7 @@ def spec_of(folder: Path, kind: str = "", **changes: Any) -> Spec:
             "search": {
                 "trials": 4,
                 "initial": 2,
+                "refine": {"steps": 20, "starts": 1},
                 "techniques": ["task_arithmetic", "ties"],
                 "objective": "soft_metric",
             },

@@ -26,14 +26,16 @@ def test_the_same_recipe_is_registered_once(spec: Spec, finished: Path, tmp_path
     assert len(client.search_model_versions("name = 'tiny'")) == 1
 
 
-def test_a_model_that_the_gate_refused_is_not_registered(spec: Spec, finished: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_gate_refused_is_not_registered(
+    spec: Spec, finished: Path, empty_database: Path, tmp_path: Path
+) -> None:
     measured = Evaluation.read(finished / "evaluate" / "evaluation.json")
     verdict = GateVerdict(verdict="fail", reasons=["task 'left': too low", "the preservation discrepancy is too large"])
     measured.model_copy(update={"gate": verdict}).write(finished / "evaluate" / "evaluation.json")
     with pytest.raises(RegistryError, match=r"^the quality gate refused this model: task 'left': too low; the pres"):
         register(spec, *[finished / stage for stage in STAGES[:-1]], tmp_path / "register")
     assert not (tmp_path / "register" / "registration.json").exists()
-    assert not (tmp_path / "mlflow.db").exists()
+    assert (tmp_path / "mlflow.db").read_bytes() == empty_database.read_bytes()
 
 
 def test_a_gate_that_was_raised_since_the_evaluation_holds(spec: Spec, finished: Path, tmp_path: Path) -> None:

@@ -50,13 +50,13 @@ def test_interrupted_it_keeps_the_search_and_goes_on(spec: Spec, finished: Path,
     assert (tmp_path / "mine" / recipe).read_bytes() == (finished / recipe).read_bytes()
 
 
-def test_a_refused_model_is_evaluated_and_not_registered(spec: Spec, tmp_path: Path) -> None:
+def test_a_refused_model_is_evaluated_and_not_registered(spec: Spec, empty_database: Path, tmp_path: Path) -> None:
     result = run(changed(spec, gate={"min_worst_pr": 1000}), tmp_path / "mine")
     assert result.evaluation is not None
     assert result.evaluation.gate.verdict == "fail"
     assert result.registration is None
     assert not (tmp_path / "mine" / "register").exists()
-    assert not (tmp_path / "mlflow.db").exists()
+    assert (tmp_path / "mlflow.db").read_bytes() == empty_database.read_bytes()
 
 
 def test_a_second_run_changes_nothing(spec: Spec, finished: Path) -> None:

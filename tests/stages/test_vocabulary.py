@@ -75,6 +75,7 @@ def spec_of(folder: Path, *sources: str, rule: str = "error", base: bool = True,
         "search": {
             "trials": 4,
             "initial": 2,
+            "refine": {"steps": 20, "starts": 1},
             "techniques": ["linear", "task_arithmetic"] if base else ["linear"],
             "objective": "soft_metric",
         },

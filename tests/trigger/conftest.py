@@ -5,12 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.trigger.registry import copy_database, make_database
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("mlflow") / "template.db")
+from tests.trigger.registry import copy_database
 
 
 @pytest.fixture
