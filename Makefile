@@ -14,7 +14,7 @@ REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
 SOURCE ?=
 MERGEKIT_PINS := constraints.txt tests/conformance/mergekit/constraints.txt
 
-.PHONY: help install demo test system-packages test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline chart images clean
+.PHONY: help install lock demo test system-packages test-system test-mergekit test-gpu benchmark-merge lint format schemas pipeline chart images clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,14 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(KERNELS)
 	@touch $@
 
 install: $(STAMP) ## Set up .venv
+
+# After an upgrade: remove the last section of constraints.txt, `make clean install`, and then this.
+lock: $(STAMP) ## Write into constraints.txt what the pinned packages brought
+	@sed --in-place '/^# resolved:/q' constraints.txt
+	@$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' | LC_ALL=C sort --ignore-case | awk -F== ' \
+		{name = tolower($$1); gsub(/[_.]/, "-", name)} \
+		NR == FNR {pinned[name]; next} !(name in pinned)' constraints.txt - > constraints.lock
+	@cat constraints.lock >> constraints.txt && rm constraints.lock
 
 demo: $(STAMP) ## Merge two real digit classifiers, from S3 to the registry, and print what was kept
 	@$(BIN)/python examples/digits/demo.py
