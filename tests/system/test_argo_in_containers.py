@@ -20,7 +20,7 @@ from tests.e2e.tiny import TinyPair, tiny_spec
 from tests.pipelines.argo_executor import RunStep, run_workflow
 from tests.system.images import ROOT, UID, Images
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200), pytest.mark.xdist_group("images")]
+pytestmark = [pytest.mark.system, pytest.mark.images, pytest.mark.timeout(1200)]
 
 CODE, REGISTRY = "/code", "/registry"
 

@@ -27,7 +27,7 @@ from automerge_pipelines.settings import Settings, TaskSettings
 from tests.e2e.tiny import TASKS, TinyPair, tiny_spec
 from tests.system.images import ROOT, UID, Images
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200), pytest.mark.xdist_group("images")]
+pytestmark = [pytest.mark.system, pytest.mark.images, pytest.mark.timeout(1200)]
 
 # The first failure ends a run: what is tried again here is the run.
 SETTINGS = Settings(defaults=TaskSettings(retries=0))

@@ -14,7 +14,7 @@ from automerge.stages.documents import Registration
 from tests.e2e.tiny import TinyPair, tiny_spec
 from tests.system.images import REVISION, ROOT, SOURCE, UID, VERSION, Images, make
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1200), pytest.mark.xdist_group("images")]
+pytestmark = [pytest.mark.system, pytest.mark.images, pytest.mark.timeout(1200)]
 
 BOTH = pytest.mark.parametrize("image", ["automerge", "trigger"])
 LARGEST_MB = {"automerge": 2000, "trigger": 400}
