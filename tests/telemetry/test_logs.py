@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import warnings
+from collections.abc import Iterator
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -74,6 +77,21 @@ def test_secrets_of_the_environment_are_struck_out_everywhere(
     assert "login with *** failed" in text
     for form in (SECRET, json.dumps(SECRET)[1:-1], repr(SECRET)[1:-1], "hf_abcdefgh", "MDENG"):
         assert form not in text
+
+
+class Fleeting(dict[str, str]):
+    """An environment with a variable that another thread takes away while it is read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.keys(), "GONE"])
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+
+def test_a_variable_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", Fleeting(A_TOKEN="hunter2-hunter2"))
+    assert redact("it is hunter2-hunter2") == "it is ***"
 
 
 def test_redaction_of_urls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,8 @@ def _secrets() -> list[str]:
     """The secrets in the environment now, the longest first: one may contain another."""
     values = {
         value
-        for name, value in os.environ.items()
+        # Not by items(): another thread may take a variable away meanwhile, as MLflow's telemetry does.
+        for name, value in ((name, os.environ.get(name, "")) for name in list(os.environ))
         if SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
     }
     escaped = {form for value in values for form in (quote(value, safe=""), repr(value)[1:-1], json.dumps(value)[1:-1])}

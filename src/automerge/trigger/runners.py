@@ -228,7 +228,9 @@ class LocalRuns:
         script = (
             '"$@"; code=$?; if [ $code -ne 130 ]; then echo $code > exit_code.part && mv exit_code.part exit_code; fi'
         )
-        environment = {key: value for key, value in os.environ.items() if key not in OWN_SECRETS}
+        # Not by items(): another thread may take a variable away meanwhile.
+        found = {key: os.environ.get(key) for key in list(os.environ) if key not in OWN_SECRETS}
+        environment = {key: value for key, value in found.items() if value is not None}
         environment[RUN_VARIABLE] = folder.name
         with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as output:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
