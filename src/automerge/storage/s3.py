@@ -326,7 +326,8 @@ def _split(uri: str, needs_key: bool = False) -> tuple[str, str]:
 
 def _client() -> Any:
     """The boto3 client of this process and of what the environment says now."""
-    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    # Not by items(): another thread may take a variable of its own away meanwhile.
+    settings = tuple((name, os.environ[name]) for name in sorted(os.environ) if name.startswith("AWS_"))
     return _new_client(os.getpid(), settings)
 
 
